@@ -1,0 +1,1 @@
+"""Pre-training of GPT-2-family language models with PyTorch Lightning."""

@@ -1,0 +1,1 @@
+"""Watching a run: metrics, samples, plots, progress, checkpoints. Nothing here changes what is trained."""

@@ -1,0 +1,32 @@
+"""When a run evaluates."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+NEVER = sys.maxsize  # as a number of batches between validations
+
+
+class EvaluationSchedule(Callback):
+    """Validates after every ``every_steps`` optimizer steps and after the last one.
+
+    Lightning counts batches, which drifts from optimizer steps under accumulation, and skips the final weights where
+    the run's length is no multiple of the interval. The trainer is to be built with ``val_check_interval=NEVER`` and
+    ``check_val_every_n_epoch=None``.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        self.every_steps = every_steps
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, stepped = trainer.global_step, trainer.global_step != self._step
+        self._step = step
+        due = step % self.every_steps == 0 or step >= trainer.estimated_stepping_batches
+        trainer.val_check_batch = 1 if stepped and due else NEVER

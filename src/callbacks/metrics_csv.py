@@ -1,0 +1,68 @@
+"""``metrics.csv``: a row per logged step."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """Writes ``metrics.csv`` in ``folder``, one row per step, on disk as soon as it is logged.
+
+    Lightning's CSVLogger gives a step's losses, validation and speed a row each, and keeps up to 100 rows in memory.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder, "metrics.csv")
+        self._columns: list[str] = ["step", "epoch", "tokens_seen", "lr", "train/loss", "train/eval_loss", "val/loss"]
+        self._row: dict[str, Any] = {}
+        self._row_start = 0
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The resolved config lies beside the file, in run.json."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._row.get("step") == step:
+            self._row.update(metrics)
+        else:
+            self._row = {"step": step, **metrics}
+            self._row_start = self.path.stat().st_size if self.path.exists() else 0
+        if new := [key for key in self._row if key not in self._columns]:
+            self._add_columns(new)
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(self._line(dict(zip(self._columns, self._columns, strict=True))))
+            self._row_start = self.path.stat().st_size
+        with self.path.open("r+", newline="") as file:
+            file.seek(self._row_start)
+            file.write(self._line(self._row))
+            file.truncate()
+
+    def _add_columns(self, new: list[str]) -> None:
+        self._columns += new
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"] != str(self._row["step"])]
+        header = dict(zip(self._columns, self._columns, strict=True))
+        self.path.write_text("".join(map(self._line, [header, *rows])))
+        self._row_start = self.path.stat().st_size
+
+    def _line(self, row: dict[str, Any]) -> str:
+        buffer = io.StringIO()
+        csv.DictWriter(buffer, self._columns, lineterminator="\n").writerow(row)
+        return buffer.getvalue()

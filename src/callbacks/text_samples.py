@@ -1,0 +1,77 @@
+"""What the model writes, as it learns."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from src.generation.decode import generate
+from src.tokenizer import text_to_token_ids, token_ids_to_text
+
+log = logging.getLogger(__name__)
+
+
+class TextSamples(Callback):
+    """Continues fixed prompts before training and after every ``every_n_epochs`` epochs, greedily and by sampling.
+
+    Written to the log, to ``samples.md`` in the trainer's root folder, and to TensorBoard as text. Draws come from a
+    generator of its own, seeded by ``seed`` and the step.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = 25,
+        every_n_epochs: int = 1,
+        seed: int = 123,
+    ) -> None:
+        self.prompts = list(prompts)
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.every_n_epochs = every_n_epochs
+        self.seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._sample(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop:
+            self._sample(trainer, pl_module)
+
+    @rank_zero_only
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        epoch = (pl_module.trainer.fit_loop.epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
+        texts = [f"## step {step}, epoch {epoch:.2f}"]
+        for prompt in self.prompts:
+            for way, text in self._continuations(trainer, pl_module, prompt, step).items():
+                log.info("%s | %s", way, text.replace("\n", " "))
+                texts.append(f"**{way}**\n\n{_quoted(text)}")
+        entry = "\n\n".join(texts)
+        with Path(trainer.default_root_dir, "samples.md").open("a", encoding="utf-8") as file:
+            file.write(entry + "\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", entry, step)
+
+    def _continuations(self, trainer: Trainer, pl_module: LightningModule, prompt: str, step: int) -> dict[str, str]:
+        data = trainer.datamodule
+        tokens = text_to_token_ids(prompt, data.tokenizer, data.config.special_tokens).to(pl_module.device)
+        state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
+        generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
+        greedy = generate(pl_module.net, tokens, self.max_new_tokens)
+        sampled = generate(pl_module.net, tokens, self.max_new_tokens, self.temperature, self.top_k, generator)
+        sampling = f"temperature {self.temperature:g}, top-k {self.top_k}"
+        return {way: token_ids_to_text(ids, data.tokenizer) for way, ids in (("greedy", greedy), (sampling, sampled))}
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.split("\n"))

@@ -1,0 +1,127 @@
+"""The path of one batch: corpus, split, tokens, windows, loader."""
+
+from typing import Any
+
+import numpy as np
+import tiktoken
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+
+from src.data.config import DataConfig
+from src.data.corpus import read_corpus, split_documents, tokenise
+from src.data.windows import SeededSampler, SlidingWindowDataset
+from src.tokenizer import gpt2_tokenizer
+
+
+class TextDataModule(LightningDataModule):
+    """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text.
+
+    Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows lie ``stride`` apart; those
+    of the validation split never overlap, so that each of its tokens counts once. ``eval_batches`` limits both
+    evaluation loaders (None: the whole split).
+
+    Raises:
+        ValueError: an impossible setting, or, on ``setup``, a text that cannot be read or is too short.
+    """
+
+    def __init__(
+        self, *, eval_batches: int | None = None, tokenizer: tiktoken.Encoding | None = None, **config: Any
+    ) -> None:
+        super().__init__()
+        self.config = DataConfig(**config)
+        self.tokenizer = tokenizer or gpt2_tokenizer()
+        self.eval_batches = eval_batches
+        self.corpus_sha256: str | None = None
+        self.train_windows: SlidingWindowDataset | None = None
+        self.val_windows: SlidingWindowDataset | None = None
+        self._resumed = (0, 0)
+
+    def prepare_data(self) -> None:
+        if self.config.path is None and self.config.url is not None:
+            self._read()  # one process fetches, the others find it in the cache
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_windows is not None:
+            return
+        corpus = self._read()
+        splits = split_documents(corpus.documents, self.config.train_ratio)
+        train, val = (tokenise(part, self.tokenizer, self.config.special_tokens) for part in splits)
+        self._check(corpus.source, train, val)
+        self.corpus_sha256 = corpus.sha256
+        context_length = self.config.context_length
+        self.train_windows = SlidingWindowDataset(train, context_length, self.config.stride or context_length)
+        self.val_windows = SlidingWindowDataset(val, context_length, context_length)
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
+        epoch, batches = self._resumed
+        sampler.resume_at(epoch, batches * self.config.batch_size)
+        return self._loader(self.train_windows, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return self.eval_dataloaders(self.eval_batches)
+
+    def eval_dataloaders(self, batches: int | None) -> list[DataLoader]:
+        """Loaders of the validation split and, in the order of epoch 0, of the training split.
+
+        The same windows at every call, so that evaluations compare; ``batches`` of each, or all.
+        """
+        loaders = []
+        first_epoch = list(SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed))
+        for windows, order in (self.val_windows, range(len(self.val_windows))), (self.train_windows, first_epoch):
+            chosen = order if batches is None else order[: batches * self.config.batch_size]
+            loaders.append(self._loader(Subset(windows, chosen)))
+        return loaders
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come in the data: the epoch and the batches of it already trained on."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        epoch, batches = self.trainer.current_epoch, progress.current.ready
+        if progress.is_last_batch or batches >= self.trainer.num_training_batches:
+            epoch, batches = self.trainer.fit_loop.epoch_progress.current.processed, 0
+        return {"epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._resumed = (state_dict["epoch"], state_dict["batches"])
+
+    def summary(self) -> dict[str, str]:
+        """Windows, batches and tokens of each split, for the start card."""
+        config, lines = self.config, {}
+        for name, windows, drop_last in ("train", self.train_windows, True), ("val", self.val_windows, False):
+            batches = len(windows) // config.batch_size if drop_last else -(-len(windows) // config.batch_size)
+            lines[name] = f"{len(windows):,} windows in {batches:,} batches, {len(windows.tokens):,} tokens"
+        seen = len(self.train_windows) // config.batch_size * config.batch_size * config.context_length
+        repeats = seen / len(self.train_windows.tokens)
+        lines["train"] += f", each seen {repeats:.2f} times per epoch on average"
+        return lines
+
+    def _read(self):
+        return read_corpus(self.config.path, self.config.url, self.config.sha256)
+
+    def _check(self, source: str, train: np.ndarray, val: np.ndarray) -> None:
+        context_length, batch_size = self.config.context_length, self.config.batch_size
+        short = [(name, len(part)) for name, part in (("training", train), ("validation", val)) if len(part) <= context_length]
+        if short:
+            fits = min(len(train), len(val)) - 1
+            cure = f"model.context_length={fits} or more text" if fits >= 1 else "more text"
+            have = " and ".join(f"{count} {name} tokens" for name, count in short)
+            raise ValueError(
+                f"data.path={source} has {have}; one window needs context_length + 1 = {context_length + 1}: {cure}"
+            )
+        windows = len(SlidingWindowDataset(train, context_length, self.config.stride or context_length))
+        if windows < batch_size:
+            raise ValueError(
+                f"data.batch_size={batch_size} is more than the {windows} training windows of data.path={source}: "
+                f"data.batch_size={windows}, a smaller data.stride or more text"
+            )
+
+    def _loader(self, dataset, **options) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.config.batch_size,
+            num_workers=self.config.num_workers,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )

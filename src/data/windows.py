@@ -1,0 +1,67 @@
+"""Sliding windows over a flat array of tokens, and the order in which they are trained on."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+
+class SlidingWindowDataset(Dataset):
+    """The windows that start at ``range(0, len(tokens) - context_length, stride)``.
+
+    Window ``i`` is the slice ``tokens[i * stride : i * stride + context_length + 1]``, given as a pair of inputs and
+    targets one step apart, each ``(context_length,)`` int64. Nothing is copied before a window is asked for, so the
+    windows take no memory beyond the tokens, whatever the stride. ``tokens`` is any one-dimensional array of integers,
+    a memory map included.
+    """
+
+    def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
+        self.tokens = np.asarray(tokens)
+        self.context_length = context_length
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return len(range(0, len(self.tokens) - self.context_length, self.stride))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index % len(self) * self.stride
+        window = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
+        return window[:-1], window[1:]
+
+
+class SeededSampler(Sampler[int]):
+    """Indices ``0 .. length - 1`` in an order that is a function of ``(seed, epoch)`` alone.
+
+    Lightning calls ``set_epoch``; ``resume_at`` names the epoch and the number of indices of it that an earlier
+    process has already given out.
+    """
+
+    def __init__(self, length: int, shuffle: bool, seed: int) -> None:
+        self.length = length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self._resumed = (0, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def resume_at(self, epoch: int, given_out: int) -> None:
+        self.epoch = epoch
+        self._resumed = (epoch, given_out)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = range(self.length)
+        if self.shuffle:
+            state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(state[0]))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        epoch, given_out = self._resumed
+        return iter(order[given_out if self.epoch == epoch else 0 :])

@@ -1,0 +1,47 @@
+"""The shape of a GPT-2-family model, as numbers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and switches of a :class:`~src.model.gpt.GPT`, named as in the book; defaults are GPT-2 small's.
+
+    ``tie_weights`` lets the output head share the token embedding, as OpenAI's GPT-2 does. ``init`` is ``gpt2``
+    (normal, std 0.02, residual projections scaled by 1/sqrt(2 * n_layers); Radford et al. 2019, section 2.3) or
+    ``torch`` (PyTorch's own defaults, drawn in the book's order).
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 256
+    emb_dim: int = 768
+    n_heads: int = 12
+    n_layers: int = 12
+    drop_rate: float = 0.1
+    qkv_bias: bool = False
+    tie_weights: bool = False
+    init: str = "gpt2"
+
+    def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise ValueError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """Every reason why no model can have these numbers, one line each, with the override that mends it."""
+        found = [
+            f"model.{key}={getattr(self, key)} must be at least 1: model.{key}={default}"
+            for key, default in dict(vocab_size=50257, context_length=256, emb_dim=768, n_heads=12, n_layers=12).items()
+            if getattr(self, key) < 1
+        ]
+        if not found and self.emb_dim % self.n_heads:
+            fits = max(h for h in range(1, self.n_heads + 1) if self.emb_dim % h == 0)
+            nearest = max(round(self.emb_dim / self.n_heads), 1) * self.n_heads
+            found.append(
+                f"model.emb_dim={self.emb_dim} is not divisible by model.n_heads={self.n_heads}: "
+                f"model.n_heads={fits} or model.emb_dim={nearest}"
+            )
+        if not 0 <= self.drop_rate < 1:
+            found.append(f"model.drop_rate={self.drop_rate} must lie in [0, 1): model.drop_rate=0.1")
+        if self.init not in ("gpt2", "torch"):
+            found.append(f"model.init={self.init} is neither gpt2 nor torch: model.init=gpt2")
+        return found

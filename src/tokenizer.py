@@ -1,0 +1,94 @@
+"""GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2) through tiktoken, without a network."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANK_TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+RANK_TABLE_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+END_OF_TEXT = "<|endoftext|>"
+
+
+@functools.cache
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's 50,257 tokens; ``eot_token`` 50256 separates documents.
+
+    Raises:
+        ValueError: the packaged rank table is damaged.
+    """
+    table = RANK_TABLE.read_bytes()  # parsed here: tiktoken's own loader leaves a copy in the temporary folder
+    if hashlib.sha256(table).hexdigest() != RANK_TABLE_SHA256:
+        raise ValueError(f"{RANK_TABLE} is damaged: restore it with git checkout {RANK_TABLE}")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, table.splitlines())}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: 50256},
+        explicit_n_vocab=50257,
+    )
+
+
+def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> np.ndarray:
+    """Token ids of ``text``, ``(T,)``: uint16 where the vocabulary fits in it, else uint32.
+
+    ``special_tokens`` decides what a literal ``<|endoftext|>`` means, in a corpus and in a prompt alike:
+    ``parse`` makes it the one end-of-text token, ``text`` spells it out like any other text.
+    """
+    tokenizer = tokenizer or gpt2_tokenizer()
+    allowed = tokenizer.special_tokens_set if special_tokens == "parse" else set()
+    try:
+        tokens = tokenizer.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+    except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form: it becomes U+FFFD
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tokens = tokenizer.encode_to_numpy(whole, allowed_special=allowed, disallowed_special=())
+    return tokens.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+
+
+def text_to_token_ids(
+    text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse"
+) -> Tensor:
+    """Token ids of ``text`` as a batch of one, ``(1, T)`` int64, ready for the model. See :func:`encode`."""
+    import torch  # not needed by those who only prepare data
+
+    return torch.from_numpy(encode(text, tokenizer, special_tokens).astype(np.int64)).unsqueeze(0)
+
+
+def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding | None = None) -> str:
+    """The text of ``token_ids``, ``(1, T)`` or ``(T,)``.
+
+    Bytes that are no UTF-8 and ids that the tokenizer does not have (a padded vocabulary has some) read as U+FFFD.
+
+    Raises:
+        ValueError: a batch of several rows, which has no single text.
+    """
+    if token_ids.dim() > 1 and token_ids.shape[0] != 1:
+        raise ValueError(f"token_ids_to_text takes one row, not {token_ids.shape[0]}: decode row by row")
+    return b"".join(token_bytes(token, tokenizer) for token in token_ids.flatten().tolist()).decode(errors="replace")
+
+
+def token_bytes(token: int, tokenizer: tiktoken.Encoding | None = None) -> bytes:
+    """The bytes that one token stands for; U+FFFD's where it stands for none."""
+    try:
+        return (tokenizer or gpt2_tokenizer()).decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+def token_byte_counts(tokenizer: tiktoken.Encoding | None = None) -> np.ndarray:
+    """How many bytes of text each token stands for, ``(n_vocab,)``; special tokens stand for none."""
+    tokenizer = tokenizer or gpt2_tokenizer()
+    special = tokenizer._special_tokens.values()
+    counts = [0 if token in special else len(token_bytes(token, tokenizer)) for token in range(tokenizer.n_vocab)]
+    return np.array(counts, dtype=np.int64)

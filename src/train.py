@@ -1,0 +1,309 @@
+"""Pre-train a model: ``python -m src.train [overrides]``. See ``conf/train.yaml``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src import cli
+from src.data.config import DataConfig
+from src.model.config import GPTConfig
+from src.record import RunRecord
+from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, ScheduleConfig, TrainerLimits
+
+if TYPE_CHECKING:  # a wrong command line is answered without the seconds that these imports take
+    from lightning.pytorch import Trainer
+
+    from src.data.datamodule import TextDataModule
+    from src.training.module import PretrainingModule
+
+log = logging.getLogger(__name__)
+
+SECTIONS = {
+    "model": GPTConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "eval": EvalConfig,
+    "checkpoint": CheckpointConfig,
+    "trainer": TrainerLimits,
+}
+DEFAULT_EPOCHS = 10
+
+
+@dataclass
+class Run:
+    """What a run built and where it is kept; ``record`` is what its ``run.json`` holds."""
+
+    folder: Path
+    trainer: Trainer
+    module: PretrainingModule
+    datamodule: TextDataModule
+    record: dict[str, Any]
+
+
+def find_problems(cfg: DictConfig) -> list[str]:
+    """Everything wrong with ``cfg`` that can be known without reading the text or building the model, a line each."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        return [str(error).splitlines()[0]]
+    found = cli.section_problems(cfg, SECTIONS)
+    if found:  # the rest relies on each number being sound by itself
+        return found
+    model, trainer, schedule, optimizer = (config[key] for key in ("model", "trainer", "schedule", "optimizer"))
+    if model["vocab_size"] < 50257:
+        found.append(f"model.vocab_size={model['vocab_size']} is less than the tokenizer's 50257: model.vocab_size=50257")
+    if schedule["name"] == "warmup_cosine":
+        steps, warmup = trainer["max_steps"], schedule["warmup_steps"]
+        if 0 < steps < warmup:
+            found.append(
+                f"schedule.warmup_steps={warmup} is longer than trainer.max_steps={steps}: schedule.warmup_steps=0.1"
+            )
+        if steps == trainer["max_epochs"] == -1:
+            found.append(
+                "trainer.max_epochs=-1 leaves schedule=warmup_cosine without an end: trainer.max_steps=<n> or schedule=constant"
+            )
+        for key in ("initial_lr", "min_lr"):
+            if (schedule[key] or 0) > optimizer["learning_rate"]:
+                found.append(
+                    f"schedule.{key}={schedule[key]} is above optimizer.learning_rate={optimizer['learning_rate']}: "
+                    f"schedule.{key}=0"
+                )
+    for key in ("ckpt_path", "weights"):
+        if config[key] is not None and not Path(config[key]).is_file():
+            found.append(f"{key}={config[key]} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt")
+    if config["ckpt_path"] and config["weights"]:
+        found.append("ckpt_path and weights exclude each other: weights=null to continue a run, ckpt_path=null to start one")
+    return found
+
+
+def train(cfg: DictConfig, folder: Path) -> Run:
+    """Train as ``cfg`` says and leave everything in ``folder``.
+
+    Raises:
+        ValueError: the problems of the config, all at once; a text that is missing, unreadable or too short; a folder
+            that already holds a run; a run that made no optimizer step.
+    """
+    if problems := find_problems(cfg):
+        raise ValueError("\n".join(problems))
+    started = time.perf_counter()
+    record = RunRecord(folder, _command(), OmegaConf.to_container(cfg, resolve=True))
+    try:
+        run = _train(cfg, folder, record)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        record.update(status=status, error=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
+        raise
+    record.update(status="checked" if cfg.dry_run else "completed", seconds=time.perf_counter() - started)
+    _print_summary(run)
+    return run
+
+
+def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
+    import torch
+    from lightning.pytorch import seed_everything
+
+    from src.callbacks.throughput import Throughput
+    from src.training.checkpoint import read_weights
+    from src.training.device import device_name
+    from src.training.module import PretrainingModule
+    from src.training.optim import planned_steps
+
+    weights = None
+    if cfg.weights or cfg.ckpt_path:
+        model, weights = read_weights(cfg.weights or cfg.ckpt_path)
+        _check_same_model(cfg, model)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    seed_everything(cfg.seed, verbose=False)
+    datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches)
+    datamodule.prepare_data()
+    datamodule.setup()
+    trainer = _build_trainer(cfg, folder)
+    steps = planned_steps(trainer, len(datamodule.train_dataloader()))
+    if not steps:
+        raise ValueError("trainer.limit_train_batches leaves no batch to train on: trainer.limit_train_batches=null")
+    if config["schedule"]["name"] == "warmup_cosine" and config["schedule"]["warmup_steps"] > steps:
+        raise ValueError(
+            f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
+            f"schedule.warmup_steps=0.1 or a larger trainer.max_epochs"
+        )
+
+    torch.manual_seed(cfg.seed)
+    module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
+    if cfg.weights:
+        module.net.load_state_dict(weights)
+    record.update(
+        data_sha256=datamodule.corpus_sha256,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        device=device_name(trainer.strategy.root_device),
+        precision=str(trainer.precision),
+    )
+    run = Run(folder, trainer, module, datamodule, record.values)
+    _print_start_card(run, cfg, steps)
+    if cfg.dry_run:
+        return run
+
+    _log_hyperparameters(trainer, config)
+    evaluating = trainer.limit_val_batches != 0
+    if evaluating and not cfg.ckpt_path:
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+        if not cfg.weights:
+            _judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
+    datamodule.eval_batches = cfg.eval.batches
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+    record.update(
+        optimizer_steps=trainer.global_step,
+        tokens_seen=module.tokens_seen,
+        tokens_per_second=speed and speed.tokens_per_second,
+    )
+    if not module.steps_made:
+        raise ValueError(
+            f"no optimizer step was made: the run of {steps} steps ended before its first; "
+            f"trainer.max_epochs=<more epochs> or trainer.max_steps=<more steps>"
+        )
+    if evaluating and cfg.eval.batches != cfg.eval.full_batches:
+        datamodule.eval_batches = cfg.eval.full_batches
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+    final = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    record.update(
+        train_loss=final.get("train/eval_loss"),
+        val_loss=final.get("val/loss"),
+        val_perplexity=math.exp(final["val/loss"]) if "val/loss" in final else None,
+    )
+    return run
+
+
+def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
+    from lightning.pytorch import Trainer
+
+    from src.callbacks.checkpoints import LastCheckpoint, best_checkpoint
+    from src.callbacks.evaluation import NEVER, EvaluationSchedule
+    from src.training.checkpoint import AtomicCheckpointIO
+    from src.training.device import pick_accelerator, pick_precision
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
+    for message in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
+        warnings.filterwarnings("ignore", message=message)
+    options = OmegaConf.to_container(cfg.trainer, resolve=True)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
+        options["val_check_interval"] = NEVER
+        callbacks.insert(0, EvaluationSchedule(cfg.eval.every_steps))
+    if options["enable_checkpointing"]:
+        checkpoints = folder / "checkpoints"
+        callbacks += [best_checkpoint(checkpoints), LastCheckpoint(checkpoints, **cfg.checkpoint)]
+    if options["precision"] is None:
+        options["precision"] = pick_precision(pick_accelerator(options["accelerator"]))
+    if options["max_epochs"] is None and options["max_steps"] == -1:
+        options["max_epochs"] = DEFAULT_EPOCHS
+    if options["enable_progress_bar"] is None:
+        options["enable_progress_bar"] = sys.stdout.isatty()
+    options["plugins"] = [AtomicCheckpointIO(), *(options["plugins"] or [])]
+    loggers = []
+    for name, logger in cfg.logger.items():
+        place = {"folder": folder} if name == "csv" else {"save_dir": str(folder)}
+        loggers.append(instantiate(logger, **place))
+    return Trainer(**options, callbacks=callbacks, logger=loggers, default_root_dir=folder)
+
+
+def _check_same_model(cfg: DictConfig, model: GPTConfig) -> None:
+    """The model of a checkpoint must be the one asked for; dropout and the way to draw weights may change."""
+    different = [
+        f"model.{key}={cfg.model[key]} differs from {value} in {cfg.ckpt_path or cfg.weights}: model.{key}={value}"
+        for key, value in vars(model).items()
+        if key not in ("drop_rate", "init") and cfg.model[key] != value
+    ]
+    if different:
+        raise ValueError("\n".join(different))
+
+
+def _judge_initial_loss(loss: float, vocab_size: int) -> None:
+    """A model that knows nothing yet is as good as a uniform guess: ln(vocab_size) nats per token."""
+    guess = math.log(vocab_size)
+    if abs(loss - guess) > 1:
+        log.warning("initial val loss %.3f is far from ln(vocab_size) = %.3f: look at the weights or the text", loss, guess)
+    else:
+        log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
+
+
+def _log_hyperparameters(trainer: Trainer, config: dict[str, Any]) -> None:
+    """The flat config for TensorBoard's HParams, whose metrics are the curves of val/loss and val/perplexity."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in _flat(config)}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            for summary in hparams(values, {"val/loss": 0.0, "val/perplexity": 0.0}):
+                logger.experiment.file_writer.add_summary(summary)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key}.")
+        elif prefix.split(".")[0] not in ("callbacks", "logger"):
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def _print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
+    record, trainer, config = run.record, run.trainer, run.module.net.config
+    windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    fused = run.module.optimizer_config.fused
+    card = {
+        "parameters": f"{record['parameters']:,}",
+        **run.datamodule.summary(),
+        "step": f"{windows * config.context_length:,} tokens ({windows} windows of {config.context_length})",
+        "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
+        "device": f"{trainer.world_size} x {record['device']}",
+        "precision": record["precision"],
+        "optimizer": f"AdamW, {'fused' if fused is None or fused else 'not fused'}, {cfg.schedule.name} schedule",
+        "run folder": str(run.folder),
+    }
+    for key, value in card.items():
+        log.info("%-10s  %s", key, value)
+
+
+def _print_summary(run: Run) -> None:
+    record = run.record
+    if record["status"] == "completed":
+        loss = "" if record["val_loss"] is None else (
+            f", train loss {record['train_loss']:.3f}, val loss {record['val_loss']:.3f}, "
+            f"val perplexity {record['val_perplexity']:,.1f}"
+        )
+        rate = record["tokens_per_second"]
+        speed = f" at {rate:,.0f} tokens/s" if rate else ""
+        steps, tokens = record["optimizer_steps"], record["tokens_seen"]
+        log.info("%s steps, %s tokens%s in %.0f s%s", f"{steps:,}", f"{tokens:,}", speed, record["seconds"], loss)
+    log.info("run folder: %s", run.folder)
+
+
+def _command() -> str:
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return shlex.join(["python", "-m", "src.train", *overrides])
+
+
+def _run(cfg: DictConfig) -> float | None:
+    """One Hydra job; its objective is the final validation loss."""
+    return train(cfg, Path(HydraConfig.get().runtime.output_dir)).record.get("val_loss")
+
+
+if __name__ == "__main__":
+    cli.launch("train", _run, find_problems)

@@ -1,0 +1,156 @@
+"""The numbers of a training run, and what makes them impossible."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019). ``decay`` chooses what ``weight_decay`` pulls towards zero: ``matrices``
+    (neither biases nor layer norms) or ``all``. ``fused=None`` picks the fused kernel where the device has one."""
+
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    decay: str = "matrices"
+    fused: bool | None = None
+
+    def __post_init__(self) -> None:
+        found = []
+        if not 0 < self.learning_rate < float("inf"):
+            found.append(
+                f"optimizer.learning_rate={self.learning_rate} must be above 0: optimizer.learning_rate=6e-4"
+            )
+        if not 0 <= self.weight_decay < float("inf"):
+            found.append(f"optimizer.weight_decay={self.weight_decay} cannot be negative: optimizer.weight_decay=0.1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"optimizer.betas={list(self.betas)} must be two of [0, 1): 'optimizer.betas=[0.9,0.95]'")
+        if not 0 < self.eps < 1:
+            found.append(f"optimizer.eps={self.eps} must lie between 0 and 1: optimizer.eps=1e-8")
+        if self.decay not in ("matrices", "all"):
+            found.append(f"optimizer.decay={self.decay} is neither matrices nor all: optimizer.decay=matrices")
+        if found:
+            raise ValueError("\n".join(found))
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """``warmup_cosine``: linear from ``initial_lr`` to the optimizer's learning rate, then a half cosine to ``min_lr``
+    (Loshchilov & Hutter 2017). ``warmup_steps`` below 1 is a share of the run, ``min_lr=None`` a tenth of the peak.
+    ``constant`` has no further numbers."""
+
+    name: str = "constant"
+    warmup_steps: float = 0.1
+    initial_lr: float = 0.0
+    min_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        found = []
+        if self.name not in ("warmup_cosine", "constant"):
+            found.append(f"schedule.name={self.name} does not exist: schedule=warmup_cosine or schedule=constant")
+        if self.warmup_steps < 0 or (self.warmup_steps > 1 and self.warmup_steps % 1):
+            found.append(
+                f"schedule.warmup_steps={self.warmup_steps} is neither a number of steps nor a share below 1: "
+                f"schedule.warmup_steps=0.1"
+            )
+        for key in ("initial_lr", "min_lr"):
+            if (getattr(self, key) or 0) < 0:
+                found.append(f"schedule.{key}={getattr(self, key)} cannot be negative: schedule.{key}=0")
+        if found:
+            raise ValueError("\n".join(found))
+
+    def resolved_warmup(self, total_steps: int) -> int:
+        """Warmup steps of a run of ``total_steps``."""
+        share = self.warmup_steps < 1
+        return int(self.warmup_steps * total_steps) if share else int(self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When to evaluate, in optimizer steps, and over how many batches (None: the whole split). ``full_batches`` counts
+    for the evaluations before the first and after the last step."""
+
+    every_steps: int = 10
+    batches: int | None = None
+    full_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        found = []
+        if self.every_steps < 1:
+            found.append(f"eval.every_steps={self.every_steps} must be at least 1: eval.every_steps=10")
+        for key in ("batches", "full_batches"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                found.append(f"eval.{key}={value} must be at least 1, or null for the whole split: eval.{key}=null")
+        if found:
+            raise ValueError("\n".join(found))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to write ``last.ckpt`` besides the end of the run: every so many steps, every so many minutes, or both."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        found = [
+            f"checkpoint.{key}={getattr(self, key)} must be above 0, or null for never: checkpoint.{key}=null"
+            for key in ("every_steps", "every_minutes")
+            if getattr(self, key) is not None and getattr(self, key) <= 0
+        ]
+        if found:
+            raise ValueError("\n".join(found))
+
+
+@dataclass(frozen=True)
+class TrainerLimits:
+    """Those arguments of Lightning's Trainer whose values can be judged before Lightning is imported."""
+
+    accelerator: str = "auto"
+    precision: Any = None
+    num_nodes: int = 1
+    max_epochs: int | None = None
+    min_epochs: int | None = None
+    max_steps: int = -1
+    min_steps: int | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    gradient_clip_algorithm: str | None = None
+    log_every_n_steps: int = 1
+    limit_train_batches: float | None = None
+    limit_val_batches: float | None = None
+    overfit_batches: float = 0.0
+    enable_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        found = []
+        for key, smallest, cure in (
+            ("num_nodes", 1, 1),
+            ("max_epochs", -1, 10),
+            ("max_steps", -1, -1),
+            ("accumulate_grad_batches", 1, 1),
+            ("gradient_clip_val", 0, 1.0),
+            ("log_every_n_steps", 0, 1),
+            ("limit_train_batches", 0, "null"),
+            ("limit_val_batches", 0, "null"),
+            ("overfit_batches", 0, 0.0),
+        ):
+            value = getattr(self, key)
+            if value is not None and not value >= smallest:
+                found.append(f"trainer.{key}={value} must be at least {smallest}: trainer.{key}={cure}")
+        for key in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(self, key) == 0:
+                found.append(f"trainer.{key}=0 trains nothing: trainer.{key}=1, or dry_run=true to check a run")
+        for key, allowed in (
+            ("accelerator", ("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
+            ("gradient_clip_algorithm", (None, "norm", "value")),
+            ("precision", PRECISIONS),
+        ):
+            if (value := getattr(self, key)) not in allowed:
+                names = ", ".join("null" if choice is None else str(choice) for choice in allowed)
+                found.append(f"trainer.{key}={value} is none of {names}: trainer.{key}={allowed[0] or 'null'}")
+        if found:
+            raise ValueError("\n".join(found))

@@ -1,0 +1,147 @@
+"""The LightningModule: the loss of a batch, its gradient's norm, and the evaluation of both splits."""
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from src.model.config import GPTConfig
+from src.model.gpt import GPT
+from src.training.config import OptimizerConfig, ScheduleConfig
+from src.training.optim import build_adamw, learning_rate_at
+
+EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
+EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats per token of ``logits`` ``(B, T, V)`` against ``targets`` ``(B, T)``, in float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+
+class PretrainingModule(LightningModule):
+    """Trains a :class:`~src.model.gpt.GPT`, its ``net``, to predict the next token.
+
+    ``model``, ``optimizer`` and ``schedule`` are the fields of GPTConfig, OptimizerConfig and ScheduleConfig, as
+    dictionaries or as those dataclasses. They are kept in the checkpoint as plain dictionaries, so
+    ``PretrainingModule.load_from_checkpoint(path)`` needs nothing else.
+
+    Logged with every ``trainer.log_every_n_steps``-th optimizer step, counted from 1: ``train/loss`` (mean over the
+    step's micro-batches), ``grad_norm`` (before clipping), ``lr``, ``tokens_seen``, ``epoch`` (fractional).
+    Logged by every evaluation: ``val/loss`` and ``train/eval_loss``, in nats per token over all tokens evaluated.
+    """
+
+    def __init__(
+        self,
+        model: GPTConfig | dict[str, Any],
+        optimizer: OptimizerConfig | dict[str, Any] | None = None,
+        schedule: ScheduleConfig | dict[str, Any] | None = None,
+        seed: int = 123,
+    ) -> None:
+        super().__init__()
+        given = {"model": model, "optimizer": optimizer or {}, "schedule": schedule or {}}
+        plain = {key: asdict(value) if is_dataclass(value) else dict(value) for key, value in given.items()}
+        self.save_hyperparameters({**plain, "seed": seed}, logger=False)
+        self.optimizer_config = OptimizerConfig(**plain["optimizer"])
+        self.schedule_config = ScheduleConfig(**plain["schedule"])
+        self.seed = seed
+        self.net = GPT(GPTConfig(**plain["model"]))
+        self.tokens_seen = 0
+        self.steps_made = 0  # by this process
+        self._eval_batches: dict[str, list[tuple[Tensor, int]]] = {}  # split -> (sum of losses, tokens) per batch
+        self._micro_losses: list[Tensor] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_adamw(self.net, self.optimizer_config)
+        total, peak, schedule = self.trainer.estimated_stepping_batches, optimizer.defaults["lr"], self.schedule_config
+        scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, total, peak, schedule) / peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout is a function of (seed, micro-batch, rank): whatever else draws random numbers cannot change it.
+        position = [self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        loss = next_token_loss(self.net(inputs), targets)
+        self._micro_losses.append(loss.detach())
+        self.tokens_seen += inputs.numel() * self.trainer.world_size
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own clipping refuses fused optimizers under mixed precision; the norm is wanted anyway.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("value"):
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self._log_step(optimizer, norm)
+
+    def _log_step(self, optimizer: Optimizer, norm: Tensor) -> None:
+        self.steps_made += 1
+        loss = torch.stack(self._micro_losses).mean()
+        self._micro_losses.clear()
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        progress = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        metrics = {
+            "step": self.global_step + 1,
+            "epoch": progress / self.trainer.num_training_batches,
+            "grad_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"],
+            "tokens_seen": self.tokens_seen,
+        }
+        self.log_dict({key: self._exact(value) for key, value in metrics.items()})
+
+    def on_validation_epoch_start(self) -> None:
+        self._eval_batches = {}
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        inputs, targets = batch
+        loss = next_token_loss(self.net(inputs), targets, reduction="sum")
+        self._eval_batches.setdefault(EVAL_SPLITS[dataloader_idx], []).append((loss, targets.numel()))
+
+    def eval_losses(self) -> dict[str, Tensor]:
+        """Loss in nats per token of each split of the current evaluation: sum of losses over number of tokens."""
+        losses = {}
+        for split, batches in self._eval_batches.items():
+            sums, tokens = zip(*batches, strict=True)
+            totals = self._exact([torch.stack(sums).cpu().double().sum().item(), sum(tokens)])
+            total_loss, total_tokens = self.trainer.strategy.reduce(totals, reduce_op="sum")
+            losses[split] = total_loss / total_tokens
+        return losses
+
+    def on_validation_epoch_end(self) -> None:
+        for split, loss in self.eval_losses().items():
+            self.log(EVAL_LOSS[split], loss, prog_bar=split == "val")
+        self.log_dict({"step": self._exact(self.global_step), "tokens_seen": self._exact(self.tokens_seen)})
+
+    def _exact(self, value: Any) -> Tensor:
+        """``value`` in the widest float of this device: float32 holds no token count beyond 16,777,216."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.as_tensor(value, dtype=dtype, device=self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)

@@ -1,0 +1,81 @@
+import hashlib
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.tokenizer import (
+    RANK_TABLE,
+    encode,
+    gpt2_tokenizer,
+    text_to_token_ids,
+    token_byte_counts,
+    token_bytes,
+    token_ids_to_text,
+)
+
+
+def test_rank_table_is_the_one_that_tiktoken_pins():
+    from tiktoken_ext import openai_public
+
+    digest = hashlib.sha256(RANK_TABLE.read_bytes()).hexdigest()
+    assert digest == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+    assert digest in openai_public.r50k_base.__code__.co_consts
+
+
+def test_known_encodings():
+    # The book, section 2.5 and 5.1; GPT-2's published vocabulary.
+    assert text_to_token_ids("Every effort moves you").tolist() == [[6109, 3626, 6100, 345]]
+    assert encode("Akwirw ier").tolist() == [33901, 86, 343, 86, 220, 959]
+    assert gpt2_tokenizer().n_vocab == 50257
+    assert gpt2_tokenizer().eot_token == 50256
+
+
+def test_needs_neither_network_nor_a_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the tokenizer opened a connection"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gpt2_tokenizer.cache_clear()
+    assert encode("bell").tolist() == [7923]
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.text())
+def test_round_trip(text):
+    for policy in "parse", "text":
+        assert token_ids_to_text(text_to_token_ids(text, special_tokens=policy)) == text
+
+
+def test_literal_end_of_text_follows_one_policy():
+    text = "a<|endoftext|>b"
+    assert encode(text, special_tokens="parse").tolist() == [64, 50256, 65]
+    assert 50256 not in encode(text, special_tokens="text")
+    assert token_ids_to_text(text_to_token_ids(text, special_tokens="text")) == text
+
+
+def test_what_no_utf8_can_say_becomes_the_replacement_character():
+    assert token_ids_to_text(text_to_token_ids("a\ud800b")) == "a\ufffdb"
+    assert token_ids_to_text(torch.tensor([64, 50300])) == "a\ufffd"  # an id of a padded vocabulary
+    half = text_to_token_ids("\U0001f600")[:, :1]
+    assert token_ids_to_text(half) == "\ufffd"
+
+
+def test_several_rows_have_no_single_text():
+    with pytest.raises(ValueError, match="one row, not 2"):
+        token_ids_to_text(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_smallest_array_that_holds_the_vocabulary(letters):
+    assert encode("some text").dtype == np.uint16
+    assert encode("some text", letters).tolist() == list(b"some text")
+
+
+def test_byte_counts_add_up_to_the_text(letters):
+    text = "Bells, ünïcode and \U0001f600."
+    counts = token_byte_counts()
+    assert counts[encode(text)].sum() == len(text.encode())
+    assert counts[50256] == 0
+    assert token_byte_counts(letters).tolist() == [1] * 256 + [0]
+    assert token_bytes(345) == b" you"
