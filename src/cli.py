@@ -140,7 +140,7 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
         overrides = [_first_choice(override) for override in parsed]
     try:
         cfg = compose(config_name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         return [" ".join(str(error).split("\n")[0].split())]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
@@ -165,7 +165,7 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
         return [
             f"{key}={value} does not exist: {key}={_nearest(str(value), choices)} (there are: {', '.join(choices)})"
             for value in values
-            if value is not None and str(value) not in choices
+            if str(value) not in choices
         ]
     known = _keys(base)
     for group in ("schedule", "data", "callbacks", "logger"):  # choices whose keys differ
@@ -183,9 +183,9 @@ def _keys(cfg: DictConfig, prefix: str = "") -> set[str]:
     for name in cfg:
         key = f"{prefix}{name}"
         found.add(key)
-        if not OmegaConf.is_missing(cfg, name) and not OmegaConf.is_interpolation(cfg, name):
-            if isinstance(cfg[name], DictConfig):
-                found |= _keys(cfg[name], f"{key}.")
+        value = cfg._get_node(name)  # not resolved: an interpolation may need what only a run has
+        if isinstance(value, DictConfig):
+            found |= _keys(value, f"{key}.")
     return found
 
 

@@ -56,9 +56,7 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
     return tokens.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
 
 
-def text_to_token_ids(
-    text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse"
-) -> Tensor:
+def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> Tensor:
     """Token ids of ``text`` as a batch of one, ``(1, T)`` int64, ready for the model. See :func:`encode`."""
     import torch  # not needed by those who only prepare data
 

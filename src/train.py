@@ -65,7 +65,9 @@ def find_problems(cfg: DictConfig) -> list[str]:
         return found
     model, trainer, schedule, optimizer = (config[key] for key in ("model", "trainer", "schedule", "optimizer"))
     if model["vocab_size"] < 50257:
-        found.append(f"model.vocab_size={model['vocab_size']} is less than the tokenizer's 50257: model.vocab_size=50257")
+        found.append(
+            f"model.vocab_size={model['vocab_size']} is less than the tokenizer's 50257: model.vocab_size=50257"
+        )
     if schedule["name"] == "warmup_cosine":
         steps, warmup = trainer["max_steps"], schedule["warmup_steps"]
         if 0 < steps < warmup:
@@ -74,7 +76,8 @@ def find_problems(cfg: DictConfig) -> list[str]:
             )
         if steps == trainer["max_epochs"] == -1:
             found.append(
-                "trainer.max_epochs=-1 leaves schedule=warmup_cosine without an end: trainer.max_steps=<n> or schedule=constant"
+                "trainer.max_epochs=-1 leaves schedule=warmup_cosine without an end: "
+                "trainer.max_steps=<n> or schedule=constant"
             )
         for key in ("initial_lr", "min_lr"):
             if (schedule[key] or 0) > optimizer["learning_rate"]:
@@ -84,9 +87,13 @@ def find_problems(cfg: DictConfig) -> list[str]:
                 )
     for key in ("ckpt_path", "weights"):
         if config[key] is not None and not Path(config[key]).is_file():
-            found.append(f"{key}={config[key]} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt")
+            found.append(
+                f"{key}={config[key]} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt"
+            )
     if config["ckpt_path"] and config["weights"]:
-        found.append("ckpt_path and weights exclude each other: weights=null to continue a run, ckpt_path=null to start one")
+        found.append(
+            "ckpt_path and weights exclude each other: weights=null to continue a run, ckpt_path=null to start one"
+        )
     return found
 
 
@@ -236,7 +243,9 @@ def _judge_initial_loss(loss: float, vocab_size: int) -> None:
     """A model that knows nothing yet is as good as a uniform guess: ln(vocab_size) nats per token."""
     guess = math.log(vocab_size)
     if abs(loss - guess) > 1:
-        log.warning("initial val loss %.3f is far from ln(vocab_size) = %.3f: look at the weights or the text", loss, guess)
+        log.warning(
+            "initial val loss %.3f is far from ln(vocab_size) = %.3f: look at the weights or the text", loss, guess
+        )
     else:
         log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
 
@@ -284,9 +293,13 @@ def _print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
 def _print_summary(run: Run) -> None:
     record = run.record
     if record["status"] == "completed":
-        loss = "" if record["val_loss"] is None else (
-            f", train loss {record['train_loss']:.3f}, val loss {record['val_loss']:.3f}, "
-            f"val perplexity {record['val_perplexity']:,.1f}"
+        loss = (
+            ""
+            if record["val_loss"] is None
+            else (
+                f", train loss {record['train_loss']:.3f}, val loss {record['val_loss']:.3f}, "
+                f"val perplexity {record['val_perplexity']:,.1f}"
+            )
         )
         rate = record["tokens_per_second"]
         speed = f" at {rate:,.0f} tokens/s" if rate else ""

@@ -62,9 +62,7 @@ def test_every_epoch_sees_each_window_once_in_its_own_order(make):
 
 def test_evaluation_sees_the_same_windows_every_time(make):
     data = make(text=story_of(100), batch_size=2)
-    first, second = (
-        [inputs.tolist() for loader in data.eval_dataloaders(2) for inputs, _ in loader] for _ in range(2)
-    )
+    first, second = ([inputs.tolist() for loader in data.eval_dataloaders(2) for inputs, _ in loader] for _ in range(2))
     assert first == second
     assert len(first) == 4
     training = [inputs.tolist() for inputs, _ in data.train_dataloader()]
@@ -81,8 +79,10 @@ def test_stride_overlaps_training_windows_only(make):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"context_length": 32}, "has 20 validation tokens; one window needs context_length + 1 = 33: "
-                                 "model.context_length=19 or more text"),
+        (
+            {"context_length": 32},
+            "has 20 validation tokens; one window needs context_length + 1 = 33: model.context_length=19 or more text",
+        ),
         ({"context_length": 500}, "has 180 training tokens and 20 validation tokens"),
         ({"batch_size": 30}, "data.batch_size=30 is more than the 22 training windows"),
         ({"train_ratio": 0.001}, "has 0 training tokens"),

@@ -156,7 +156,10 @@ def test_each_place_of_dropout_counts(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_heads": 5}, r"model\.emb_dim=24 is not divisible by model\.n_heads=5: model\.n_heads=4 or model\.emb_dim=25"),
+        (
+            {"n_heads": 5},
+            r"model\.emb_dim=24 is not divisible by model\.n_heads=5: model\.n_heads=4 or model\.emb_dim=25",
+        ),
         ({"n_layers": 0}, r"model\.n_layers=0 must be at least 1"),
         ({"drop_rate": 1.0}, r"model\.drop_rate=1\.0 must lie in \[0, 1\)"),
         ({"init": "zeros"}, r"model\.init=zeros"),

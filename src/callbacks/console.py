@@ -34,7 +34,13 @@ class Console(Callback):
             self._print_progress(trainer, outputs["loss"].item())
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._due(trainer):
             batches = trainer.num_val_batches[dataloader_idx] if trainer.num_val_batches else "?"

@@ -25,7 +25,13 @@ class Perplexity(Callback):
             self._bytes_of = torch.from_numpy(token_byte_counts(tokenizer)).to(pl_module.device)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if dataloader_idx == 0:
             targets = batch[1]

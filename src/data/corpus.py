@@ -107,7 +107,10 @@ def _download(url: str, sha256: str | None) -> Path:
     if not url.startswith("https://"):
         raise ValueError(f"data.url={url} is not https: data.path=<a copy on this machine>")
     fetcher = pooch.create(
-        pooch.os_cache(CACHE_NAME), base_url="", registry={Path(url).name: sha256}, urls={Path(url).name: url},
+        pooch.os_cache(CACHE_NAME),
+        base_url="",
+        registry={Path(url).name: sha256},
+        urls={Path(url).name: url},
         retry_if_failed=2,
     )
     pooch.get_logger().setLevel(logging.WARNING)
@@ -115,4 +118,6 @@ def _download(url: str, sha256: str | None) -> Path:
         return Path(fetcher.fetch(Path(url).name, downloader=pooch.HTTPDownloader(timeout=20)))
     except (OSError, ValueError) as error:  # no network, no such page, wrong content
         reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"data.url={url} could not be fetched ({reason}): data.path=<a copy on this machine>") from None
+        raise ValueError(
+            f"data.url={url} could not be fetched ({reason}): data.path=<a copy on this machine>"
+        ) from None

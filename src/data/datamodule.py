@@ -101,7 +101,11 @@ class TextDataModule(LightningDataModule):
 
     def _check(self, source: str, train: np.ndarray, val: np.ndarray) -> None:
         context_length, batch_size = self.config.context_length, self.config.batch_size
-        short = [(name, len(part)) for name, part in (("training", train), ("validation", val)) if len(part) <= context_length]
+        short = [
+            (name, len(part))
+            for name, part in (("training", train), ("validation", val))
+            if len(part) <= context_length
+        ]
         if short:
             fits = min(len(train), len(val)) - 1
             cure = f"model.context_length={fits} or more text" if fits >= 1 else "more text"

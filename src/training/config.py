@@ -21,9 +21,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         found = []
         if not 0 < self.learning_rate < float("inf"):
-            found.append(
-                f"optimizer.learning_rate={self.learning_rate} must be above 0: optimizer.learning_rate=6e-4"
-            )
+            found.append(f"optimizer.learning_rate={self.learning_rate} must be above 0: optimizer.learning_rate=6e-4")
         if not 0 <= self.weight_decay < float("inf"):
             found.append(f"optimizer.weight_decay={self.weight_decay} cannot be negative: optimizer.weight_decay=0.1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

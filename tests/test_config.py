@@ -1,0 +1,147 @@
+"""Every YAML composes and builds; every mistake on the command line is told in one line with its cure."""
+
+import inspect
+import itertools
+import os
+import subprocess
+import sys
+
+import lightning.pytorch as L
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from src import cli
+from src.model.config import GPTConfig
+from src.train import find_problems
+
+FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_yaml_composes_and_builds(file, tmp_path):
+    group, _, name = file.rpartition("/")
+    overrides = [f"{group}={name}"] if group else []
+    if file in ("data/text", "experiment/gpt2_124m"):
+        overrides.append(f"data.path={tmp_path}")
+    cfg = cli.compose(file if not group else "train", overrides)
+    assert find_problems(cfg) == []
+    GPTConfig(**cfg.model)
+    instantiate(cfg.data)
+    for callback in cfg.callbacks.values():
+        instantiate(callback)
+    options = OmegaConf.to_container(cfg.trainer) | {"max_epochs": 1, "accelerator": "cpu", "logger": False}
+    L.Trainer(**options, default_root_dir=tmp_path)
+
+
+def test_trainer_keys_are_lightnings():
+    mine = set(cli.compose("train", []).trainer)
+    lightnings = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
+    assert mine == lightnings - {"callbacks", "logger", "default_root_dir"}
+
+
+def test_every_knob_has_a_comment():
+    """In each file that defines knobs; a file that only overrides others' values repeats no comment."""
+    lightnings_own = {"trainer/default"}
+    for file in FILES:
+        if file.startswith(("debug", "experiment")) or file in lightnings_own:
+            continue
+        for line in (cli.CONF / f"{file}.yaml").read_text().split("\nhydra:")[0].splitlines():
+            if "_lr" in line or "batch" in line or "steps" in line:
+                assert "#" in line, f"{file}: {line}"
+
+
+BAD = {
+    "optimizer.lr=1e-3": "optimizer.learning_rate",
+    "modle=gpt2_tiny": "model",
+    "model=gpt3": "gpt2_small",
+    "model.n_layer=3": "model.n_layers",
+    "batch_size=4": "data.batch_size",
+    "learning_rate=1": "optimizer.learning_rate",
+    "trainer.max_epoch=3": "trainer.max_epochs",
+    "+optimizer.lr=1": "optimizer.learning_rate",
+    "schedule.warmup=3": "schedule.warmup_steps",
+    "data=wikipedia": "there are: story, text, the_verdict",
+    "experiment=boook": "experiment=book",
+    "model.n_layers=abc": "model.n_layers=12",
+    "model.n_layers=1.5": "model.n_layers=12",
+    "model.n_heads=7": "model.n_heads=6 or model.emb_dim=770",
+    "model.emb_dim=0": "model.emb_dim=768",
+    "model.drop_rate=1.5": "model.drop_rate=0.1",
+    "model.vocab_size=100": "model.vocab_size=50257",
+    "model.qkv_bias=perhaps": "model.qkv_bias=False",
+    "data.batch_size=0": "data.batch_size=2",
+    "data.stride=-1": "data.stride=256",
+    "data.train_ratio=1": "data.train_ratio=0.9",
+    "data=text": "data.path=",
+    "optimizer.learning_rate=-1": "optimizer.learning_rate=",
+    "optimizer.learning_rate=fast": "optimizer.learning_rate=",
+    "optimizer.betas=[0.9]": "optimizer.betas=[0.9,0.95]",
+    "schedule.min_lr=1": "schedule.min_lr=0",
+    "schedule=linear": "constant",
+    "eval.every_steps=0": "eval.every_steps=10",
+    "eval.batches=0": "eval.batches=null",
+    "checkpoint.every_minutes=-1": "checkpoint.every_minutes=null",
+    "trainer.max_epochs=0": "trainer.max_epochs=1",
+    "trainer.max_epochs=ten": "trainer.max_epochs=",
+    "trainer.precision=fp8": "32-true",
+    "trainer.accelerator=quantum": "trainer.accelerator=auto",
+    "trainer.max_epochs=-1": "trainer.max_steps=",
+    "ckpt_path=nowhere.ckpt": "ckpt_path=",
+    "weights=nowhere.ckpt": "weights=",
+    "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.1",
+    "seed=[": "seed=[ is no override",
+    "callbacks.text_sample=1": "callbacks.text_samples",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_override_is_one_line_with_its_cure(overrides):
+    problems = cli._find_problems("train", overrides.split(), find_problems)
+    assert len(problems) == 1, problems
+    assert "\n" not in problems[0]
+    assert overrides.split()[-1].split("=")[0].lstrip("+").split(".")[-1] in problems[0]
+    assert BAD[overrides] in problems[0]
+
+
+GOOD = [
+    "+trainer.plugins=null",
+    "~callbacks.loss_plot",
+    "schedule=constant",
+    "data=the_verdict data.url=https://example.org/a.txt",
+    "+callbacks.mine._target_=lightning.pytorch.callbacks.Timer",
+    "hydra.run.dir=/tmp/somewhere",
+    "trainer.max_time=00:00:10:00",
+    "model.n_heads=6",
+]
+
+
+@pytest.mark.parametrize("overrides", GOOD)
+def test_good_override_passes(overrides):
+    assert cli._find_problems("train", overrides.split(), find_problems) == []
+
+
+def test_several_problems_at_once():
+    overrides = ["model.n_heads=7", "data.batch_size=0", "optimizer.decay=none", "eval.every_steps=0"]
+    assert len(cli._find_problems("train", overrides, find_problems)) == 4
+
+
+def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
+    """No torch, no run folder, no traceback, exit status 1."""
+    code = (
+        "import sys, runpy; sys.argv = ['train', 'model.n_layers=-1', 'optimizer.lr=1']\n"
+        "try: runpy.run_module('src.train', run_name='__main__')\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "print(status, sorted({'torch', 'lightning', 'matplotlib', 'tiktoken'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "1 []\n"
+    assert done.stderr == "error: optimizer.lr is no key of train: did you mean optimizer.learning_rate?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_nearest_by_part_initials_and_spelling():
+    keys = ["optimizer.learning_rate", "optimizer.eps", "data.batch_size", "model.n_layers"]
+    for typo, key in itertools.chain([("lr", keys[0]), ("data.bs", keys[2]), ("model.layers", keys[3])]):
+        assert cli._nearest(typo, keys) == key

@@ -1,0 +1,99 @@
+"""The house stands as drawn: imports go down only, and the README's tree is the disk's."""
+
+import ast
+import re
+import subprocess
+
+import pytest
+
+from src.cli import CONF
+
+ROOT = CONF.parent
+README = (ROOT / "README.md").read_text()
+
+# room: the rooms it may import from (itself included)
+ALLOWED = {
+    "model": {"model"},
+    "tokenizer": {"tokenizer"},
+    "data": {"data", "tokenizer"},
+    "generation": {"generation", "model"},
+    "training": {"training", "generation", "model", "tokenizer"},
+    "callbacks": {"callbacks", "generation", "model", "tokenizer"},
+}
+ENTRIES = {"train", "cli", "record", "sweep"}
+
+
+def tracked(*patterns: str) -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return sorted(line for line in listed.stdout.splitlines() if (ROOT / line).exists())
+
+
+def imports(path: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" if node.module == "src" else node.module for name in node.names}
+    return found
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [path for path in tracked("src/*.py") if path != "src/__init__.py"])
+def test_imports_go_down_only(path):
+    room = room_of(path)
+    if room in ENTRIES:
+        return  # entries may import everything
+    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("src.")}
+    assert rooms <= ALLOWED[room]
+    packages = {name.split(".")[0] for name in imports(path)}
+    assert not packages & {"hydra", "omegaconf"}
+    if room in ("model", "generation", "tokenizer"):
+        assert "lightning" not in packages
+
+
+def test_nothing_of_pytorch_or_lightning_before_the_overrides_are_checked():
+    for path in [*(f"src/{name}.py" for name in ENTRIES), *tracked("src/*/config.py")]:
+        tree = ast.parse((ROOT / path).read_text())
+        top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+        top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in top} & {"torch", "lightning"}, path
+
+
+def test_files_can_be_read_in_one_sitting():
+    lengths = {path: (ROOT / path).read_text().count("\n") for path in tracked("src/*.py")}
+    long = {path: lines for path, lines in lengths.items() if lines > 130}
+    assert set(long) <= {
+        "src/train.py",  # the main job from the overrides to the summary, told in one place
+        "src/cli.py",  # all that stands between a mistyped override and its one-line answer
+        "src/training/config.py",  # five sections of the config with all their limits
+        "src/training/module.py",  # one LightningModule
+    }
+
+
+def test_readme_tree_matches_the_disk():
+    tree = re.search(r"```text\n(.*?)```", README.split("## How it is laid out")[1], re.S)[1]
+    drawn, folders = set(), []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        depth = len(indent) // 2
+        folders[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            drawn.add("/".join(folders))
+    assert drawn == {path for path in tracked() if not path.endswith("__init__.py")}
+
+
+def test_repository_speaks_of_the_project_alone():
+    suspicious = re.compile(r"(/root/|/work/|/home/\w|/tmp/dev)")
+    for path in tracked():
+        if path.endswith((".png", ".tiktoken")):
+            continue
+        text = (ROOT / path).read_text()
+        if path != "tests/test_layout.py":
+            assert not suspicious.search(text), path

@@ -1,0 +1,38 @@
+"""Every command that the README shows composes, and the figures of its tables come from commands that it shows."""
+
+import re
+import shlex
+
+import pytest
+
+from src import cli
+from src.train import find_problems
+
+README = (cli.CONF.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+TRAINING = [command.split("src.train", 1)[1] for command in COMMANDS if "src.train" in command]
+
+
+def test_two_set_up_commands_are_one_line_each():
+    main, test = (line for line in COMMANDS if "-m venv" in line)
+    assert main.endswith("python -m src.train model=gpt2_small trainer.max_epochs=10")
+    assert test.endswith("pytest")
+    assert BLOCKS[0].count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", TRAINING)
+def test_training_commands_compose(arguments, tmp_path):
+    file = tmp_path / "given.txt"
+    file.write_text("text")
+    overrides = shlex.split(arguments, comments=True)
+    overrides = [re.sub(r"=(outputs|my|path)\S*$", f"={file}", override) for override in overrides]
+    assert cli._find_problems("train", overrides, find_problems) == []
+
+
+def test_config_table_names_keys_that_exist():
+    table = README.split("## Configuration")[1].split("\n## ")[0]
+    keys = cli._keys(cli.compose("train", []))
+    named = re.findall(r"^\| `([a-z_.]+)` \|", table, re.M)
+    assert len(named) > 20
+    assert set(named) <= keys

@@ -1,0 +1,257 @@
+"""A run as its user meets it: the command, its folder, its sweep, its dashboard."""
+
+import csv
+import json
+import logging
+import os
+import pty
+import re
+import select
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import column, metrics_of
+
+from src.cli import CONF
+
+TINY = ["model=gpt2_tiny", "trainer.max_steps=2"]
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "src.train", *arguments, *TINY],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run on the packaged story, as a command; its output and its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = command(folder, "eval.every_steps=1", "name=first")
+    assert done.returncode == 0, done.stderr
+    return done, folder / re.search(r"run folder: (.*)$", done.stdout.splitlines()[-1])[1]
+
+
+def test_folder_holds_what_the_readme_says(finished):
+    _, run = finished
+    assert run.parent.name == "first"
+    assert run.parent.parent.name == "outputs"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}", run.name)
+    names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    events = {name for name in names if name.startswith("tensorboard/events")}
+    assert names - events == {
+        ".hydra/config.yaml",
+        ".hydra/hydra.yaml",
+        ".hydra/overrides.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "metrics.csv",
+        "plots/loss.png",
+        "plots/perplexity.png",
+        "run.json",
+        "samples.md",
+        "tensorboard/hparams.yaml",
+        "train.log",
+    }
+    assert events
+
+
+def test_record(finished):
+    _, run = finished
+    record = json.loads((run / "run.json").read_text())
+    assert list(record) == [
+        "status", "command", "config", "versions", "git", "data_sha256", "parameters", "device", "precision",
+        "optimizer_steps", "tokens_seen", "tokens_per_second", "train_loss", "val_loss", "val_perplexity", "seconds",
+    ]  # fmt: skip
+    assert record["status"] == "completed"
+    assert record["command"] == "python -m src.train eval.every_steps=1 name=first model=gpt2_tiny trainer.max_steps=2"
+    assert record["config"]["data"]["context_length"] == 64
+    assert record["optimizer_steps"] == 2
+    assert record["tokens_seen"] == 2 * 2 * 64
+    assert record["tokens_per_second"] > 0
+    with (run / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["val/loss"]) == record["val_loss"]
+    assert float(last["train/eval_loss"]) == record["train_loss"]
+
+
+def test_console_says_what_matters(finished):
+    done, run = finished
+    for said in ("parameters", "3,243,776", "windows in", "seen", "steps       2", "precision", "loss in evaluation"):
+        assert said in done.stdout
+    assert "Every effort moves you" in done.stdout
+    assert done.stderr == ""
+    log = (run / "train.log").read_text()
+    assert all(line in log for line in done.stdout.splitlines())
+
+
+def test_samples(finished):
+    _, run = finished
+    text = (run / "samples.md").read_text()
+    assert re.findall(r"^## (step \d+), epoch", text, re.M) == ["step 0", "step 2"]
+    assert text.count("Every effort moves you") == 4  # greedy and sampled, before and after
+
+
+def test_plots_are_pictures(finished):
+    from matplotlib.image import imread
+
+    _, run = finished
+    for name in "loss", "perplexity":
+        image = imread(run / "plots" / f"{name}.png")
+        assert image.shape[0] > 300
+        assert image.std() > 0.05
+
+
+def test_tensorboard_serves_everything(finished):
+    _, run = finished
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", f"--logdir={run.parent}", f"--port={port}", "--host=127.0.0.1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def get(path: str, data: bytes | None = None):
+        url, header = f"http://127.0.0.1:{port}/data/{path}", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, data, header)) as answer:
+            return json.loads(answer.read())
+
+    try:
+        for _ in range(120):
+            try:
+                if get("plugin/scalars/tags") and get("plugin/images/tags"):
+                    break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        (name, scalars), *_ = get("plugin/scalars/tags").items()
+        assert name == f"{run.name}/tensorboard"
+        assert {"train/loss", "train/eval_loss", "val/loss", "val/perplexity", "train/perplexity", "val/bits_per_byte",
+                "lr", "grad_norm", "tokens_seen", "perf/tokens_per_second"} <= set(scalars)  # fmt: skip
+        assert "hp_metric" not in scalars
+        curve = get(f"plugin/scalars/scalars?tag=val%2Floss&run={name.replace('/', '%2F')}")
+        assert [point[1] for point in curve] == [0, 1, 2]
+        assert set(get("plugin/images/tags")[name]) == {"plots/loss", "plots/perplexity"}
+        texts = get(f"plugin/text/text?run={name.replace('/', '%2F')}&tag=samples%2Ftext_summary")
+        assert len(texts) == 2
+        assert "Every effort moves you" in texts[0]["text"]
+        experiment = get("plugin/hparams/experiment", b'{"experimentName": ""}')
+        assert {info["name"]["tag"] for info in experiment["metricInfos"]} == {"val/loss", "val/perplexity"}
+        assert {"optimizer.learning_rate", "model.n_layers", "seed"} <= {
+            info["name"] for info in experiment["hparamInfos"]
+        }
+        groups = get("plugin/hparams/session_groups", json.dumps(
+            {"experimentName": "", "startIndex": 0, "sliceSize": 9, "colParams": [],
+             "allowedStatuses": ["STATUS_RUNNING", "STATUS_SUCCESS", "STATUS_UNKNOWN"]}).encode())  # fmt: skip
+        values = {metric["name"]["tag"]: metric["value"] for metric in groups["sessionGroups"][0]["metricValues"]}
+        record = json.loads((run / "run.json").read_text())
+        assert values["val/loss"] == pytest.approx(record["val_loss"], rel=1e-5)
+        assert values["val/perplexity"] == pytest.approx(record["val_perplexity"], rel=1e-5)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_two_runs_at_once_and_a_folder_taken(tmp_path, finished):
+    _, run = finished
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: command(tmp_path, "callbacks=none", "logger=none"), range(2)))
+    assert [done.returncode for done in both] == [0, 0]
+    assert len(list(tmp_path.glob("outputs/gpt2/*/run.json"))) == 2
+    before = (run / "run.json").read_text()
+    taken = command(tmp_path, f"hydra.run.dir={run}")
+    assert taken.returncode == 1
+    assert "already holds a run: hydra.run.dir=" in taken.stdout
+    assert (run / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=nowhere.txt"], "data.path=nowhere.txt does not exist"),
+        (["trainer.limit_train_batches=0.0001"], "leaves no batch to train on"),
+        (["data.train_ratio=0.999"], "validation tokens; one window needs context_length + 1 = 65"),
+    ],
+)
+def test_mistakes_met_later_are_one_line_too(tmp_path, overrides, message):
+    done = command(tmp_path, *overrides)
+    assert done.returncode == 1
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    (run,) = tmp_path.glob("outputs/gpt2/*")
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert "Traceback" in (run / "train.log").read_text()
+
+
+def test_dry_run_trains_nothing(tmp_path):
+    done = command(tmp_path, "dry_run=true")
+    assert done.returncode == 0
+    (run,) = tmp_path.glob("outputs/gpt2/*")
+    assert json.loads((run / "run.json").read_text())["status"] == "checked"
+    assert not (run / "metrics.csv").exists()
+
+
+def test_sweep_reports_each_job_and_outlives_a_failure(tmp_path):
+    done = command(tmp_path, "-m", "optimizer.learning_rate=1e-4,3e-3", "model.n_heads=4,5", "logger=csv")
+    assert done.returncode == 1  # two of the four jobs failed
+    table = done.stdout.split("val loss  status")[-1]
+    jobs = re.findall(r"^ *(\S+)  (completed|failed) +(\d)  (.*)$", table, re.M)
+    assert [(status, number) for _, status, number, _ in jobs] == [
+        ("completed", "2"), ("completed", "0"), ("failed", "1"), ("failed", "3"),
+    ]  # fmt: skip
+    assert "optimizer.learning_rate=0.003" in jobs[0][3] or "optimizer.learning_rate=3e-3" in jobs[0][3]
+    (sweep,) = tmp_path.glob("outputs/gpt2/*_sweep")
+    assert str(sweep.name) in done.stdout.splitlines()[-1]
+    assert "model.emb_dim=32 is not divisible by model.n_heads=5" in (sweep / "1" / "train.log").read_text()
+    assert "Traceback" in (sweep / "1" / "train.log").read_text()
+    losses = [json.loads((sweep / job / "run.json").read_text())["val_loss"] for job in ("2", "0")]
+    assert losses == sorted(losses)
+
+
+def test_progress_bar_on_a_terminal_only(tmp_path, finished):
+    assert "Epoch" not in finished[0].stdout
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.train", *TINY, "logger=none"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent), "TERM": "xterm", "COLUMNS": "150"},
+        stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    output = b""
+    while select.select([ours], [], [], 120)[0]:
+        try:
+            output += os.read(ours, 4096)
+        except OSError:
+            break
+    assert process.wait() == 0
+    screen = output.decode()
+    assert "Epoch" in screen
+    assert "train/loss" in screen
+    assert "Every effort moves you" in screen
+
+
+def test_plain_lines_elsewhere(tiny_run, caplog):
+    with caplog.at_level(logging.INFO, logger="src.callbacks.console"):
+        run = tiny_run("callbacks.console.every_seconds=0", "trainer.max_steps=3", "logger=csv")
+    lines = [message for message in caplog.messages if re.match(r"step \d/3: loss", message)]
+    assert re.match(
+        r"step 2/3: loss \d+\.\d{3}, perplexity [\d,.]+, lr \d\.\d\de-\d\d, [\d,]+ tokens/s, 0:00:0\d left", lines[1]
+    )
+    assert f"{column(run, 'train/loss')[1]:.3f}" in lines[1]
+
+
+def test_one_row_per_step(tiny_run):
+    run = tiny_run("trainer.max_steps=6", "eval.every_steps=2", "eval.batches=1")
+    assert [row["step"] for row in metrics_of(run)] == list(range(7))
+    assert [row["step"] for row in metrics_of(run) if "val/loss" in row] == [0, 2, 4, 6]

@@ -1,0 +1,230 @@
+"""What is trained: every step equals a plain PyTorch loop, whatever watches it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import FAST, column, metrics_of
+from torch.nn import functional as F
+
+from src.model.config import GPTConfig
+from src.model.gpt import GPT
+from src.tokenizer import encode
+from src.training.checkpoint import load_weights, save_weights
+from src.training.module import PretrainingModule
+from src.training.optim import planned_steps
+
+EXACT = ("model.drop_rate=0", "model.init=torch", "data.shuffle=false", "schedule=constant", *FAST)
+
+
+def plain_losses(text, model, stride, batch_size, accumulate, clip, steps, decay) -> list[float]:
+    """The book's loop in twenty lines, on windows cut by hand; gradients of ``accumulate`` batches are averaged."""
+    whole = text.read_text()
+    tokens = encode(whole[: int(0.9 * len(whole))]).tolist()
+    T = model.context_length
+    starts = range(0, len(tokens) - T, stride)
+    windows = [(tokens[i : i + T], tokens[i + 1 : i + T + 1]) for i in starts]
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows) - batch_size + 1, batch_size)]
+    torch.manual_seed(123)
+    net = GPT(model)
+    matrices = [p for p in net.parameters() if p.dim() > 1 or decay == "all"]
+    others = [p for p in net.parameters() if p.dim() <= 1 and decay != "all"]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.95))
+    losses = []
+    epoch = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
+    for micro in itertools.islice(itertools.cycle(epoch), steps):
+        total = 0.0
+        optimizer.zero_grad()
+        for batch in micro:
+            inputs, targets = (torch.tensor(side) for side in zip(*batch, strict=True))
+            loss = F.cross_entropy(net(inputs).flatten(0, 1), targets.flatten())
+            (loss / accumulate).backward()
+            total += loss.item() / len(micro)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "batch_size", "accumulate", "clip", "decay"),
+    [
+        ({}, 16, 2, 1, None, "all"),
+        ({"qkv_bias": True}, 7, 3, 1, 0.5, "matrices"),
+        ({"tie_weights": True, "n_heads": 2}, 16, 5, 1, 1.0, "matrices"),
+        ({"tie_weights": True, "qkv_bias": True, "n_layers": 1}, 40, 1, 1, None, "matrices"),
+        ({"context_length": 33, "emb_dim": 20}, 1, 4, 1, 0.1, "all"),
+        ({}, 16, 4, 5, 1.0, "matrices"),  # 13 batches in steps of 5, 5 and 3
+    ],
+)
+def test_every_step_equals_a_plain_loop(tiny_run, text, shape, stride, batch_size, accumulate, clip, decay):
+    model = GPTConfig(
+        **{"context_length": 16, "emb_dim": 32, "n_heads": 4, "n_layers": 2, "drop_rate": 0.0, "init": "torch", **shape}
+    )
+    run = tiny_run(
+        *EXACT,
+        *(f"model.{key}={value}" for key, value in shape.items()),
+        f"data.stride={stride}",
+        f"data.batch_size={batch_size}",
+        f"trainer.accumulate_grad_batches={accumulate}",
+        f"trainer.gradient_clip_val={'null' if clip is None else clip}",
+        "trainer.max_epochs=null",
+        "trainer.max_steps=7",
+        "optimizer.learning_rate=1e-3",
+        f"optimizer.decay={decay}",
+    )
+    expected = plain_losses(text, model, stride, batch_size, accumulate, clip, 7, decay)
+    assert column(run, "train/loss") == pytest.approx(expected, abs=1e-4)
+    assert column(run, "step") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_watching_changes_nothing(tiny_run):
+    """Dropout, shuffling and accumulation on: losses and weights are bit-identical with and without every callback."""
+    common = ("trainer.accumulate_grad_batches=2", "trainer.max_epochs=2", "data.batch_size=6", "data.stride=12")
+    watched = tiny_run(*common, "eval.every_steps=7", "callbacks.text_samples.max_new_tokens=5")
+    blind = tiny_run(*common, *FAST)
+    assert column(watched, "train/loss") == column(blind, "train/loss")
+    assert column(watched, "grad_norm") == column(blind, "grad_norm")
+    for mine, other in zip(watched.module.parameters(), blind.module.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_seed_decides_everything(tiny_run):
+    first, again, other = (
+        column(tiny_run(*FAST, "trainer.max_steps=4", f"seed={seed}"), "train/loss") for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_value_clipping_is_lightnings(tiny_run):
+    clipped = tiny_run(*EXACT, "trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=1e-4")
+    free = tiny_run(*EXACT, "trainer.gradient_clip_val=null")
+    assert column(clipped, "train/loss")[0] == column(free, "train/loss")[0]
+    assert column(clipped, "train/loss")[1:] != column(free, "train/loss")[1:]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_clipping_works_with_fused_adamw_in_every_precision(tiny_run, precision):
+    run = tiny_run(*FAST, f"trainer.precision={precision}", "optimizer.fused=true", "trainer.gradient_clip_val=0.01")
+    norms = column(run, "grad_norm")
+    assert len(norms) == run.trainer.global_step > 10
+    assert all(norm > 0.01 for norm in norms)  # the norm before clipping
+    assert run.trainer.optimizers[0].defaults["fused"] is True
+
+
+def test_learning_rate_moves_per_optimizer_step(tiny_run):
+    run = tiny_run(
+        *FAST,
+        "trainer.accumulate_grad_batches=2",
+        "trainer.max_steps=10",
+        "optimizer.learning_rate=1e-3",
+        "schedule.warmup_steps=5",
+        "schedule.min_lr=1e-4",
+    )
+    expected = [0, 2e-4, 4e-4, 6e-4, 8e-4] + [1e-4 + 9e-4 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]
+    assert column(run, "lr") == pytest.approx(expected, abs=1e-12)
+
+
+def test_logged_rows(tiny_run):
+    run = tiny_run(*FAST, "trainer.max_steps=10", "trainer.log_every_n_steps=3", "data.batch_size=4")
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    assert [row["tokens_seen"] for row in rows] == [3 * 64, 6 * 64, 9 * 64]
+    assert rows[-1]["epoch"] == pytest.approx(9 / len(run.datamodule.train_dataloader()))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        ("trainer.max_epochs=3",),
+        ("trainer.max_epochs=2", "trainer.accumulate_grad_batches=3"),
+        ("trainer.max_steps=5",),
+        ("trainer.max_epochs=3", "trainer.limit_train_batches=4"),
+        ("trainer.max_epochs=2", "trainer.limit_train_batches=0.5"),
+        ("trainer.overfit_batches=2", "trainer.max_epochs=4"),
+    ],
+)
+def test_limits_are_lightnings_and_known_beforehand(tiny_run, limits):
+    run = tiny_run(*FAST, *limits)
+    batches = len(run.datamodule.train_dataloader())
+    assert planned_steps(run.trainer, batches) == run.trainer.estimated_stepping_batches == run.trainer.global_step
+
+
+def test_max_time_stops_the_run_in_order(tiny_run):
+    run = tiny_run("trainer.max_time=00:00:00:01", "trainer.max_epochs=100000", "callbacks=none")
+    assert 0 < run.trainer.global_step < 100000
+    assert run.record["status"] == "completed"
+    assert (run.folder / "checkpoints" / "last.ckpt").exists()
+    assert column(run, "val/loss")[-1] == pytest.approx(run.record["val_loss"])
+
+
+def test_checkpoint_needs_nothing_else(tiny_run):
+    run = tiny_run("callbacks=none", "trainer.max_steps=3")
+    for name in "best", "last":
+        path = run.folder / "checkpoints" / f"{name}.ckpt"
+        content = torch.load(path, weights_only=True)
+        assert content["optimizer_states"][0]["state"]
+        loaded = PretrainingModule.load_from_checkpoint(path)
+        assert loaded.net.config == run.module.net.config
+        assert loaded.optimizer_config == run.module.optimizer_config
+        tokens = torch.randint(50257, (1, 8))
+        assert torch.equal(loaded.eval()(tokens), run.module.eval()(tokens))
+
+
+def test_best_checkpoint_is_the_lowest_val_loss(tiny_run):
+    # A rate this high overshoots: the loss falls, then rises.
+    run = tiny_run("callbacks=none", "trainer.max_steps=12", "eval.every_steps=2", "optimizer.learning_rate=3.0")
+    losses = {row["step"]: row["val/loss"] for row in metrics_of(run) if row["step"] and "val/loss" in row}
+    best = torch.load(run.folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == min(losses, key=losses.get) < run.trainer.global_step
+    assert not list((run.folder / "checkpoints").glob("*.part"))
+
+
+def test_last_checkpoint_by_steps(tiny_run):
+    run = tiny_run("callbacks=none", "trainer.max_steps=5", "checkpoint.every_steps=2", "trainer.limit_val_batches=0")
+    last = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 5
+
+
+def test_weights_alone(tiny_run, tmp_path):
+    run = tiny_run(*FAST, "trainer.max_steps=2", "model.tie_weights=true")
+    path = tmp_path / "weights.pt"
+    save_weights(run.module.net, path)
+    net = load_weights(path)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), run.module.net.parameters(), strict=True))
+    assert path.stat().st_size < 1.1 * sum(p.numel() * 4 for p in net.parameters())
+    continued = tiny_run(
+        "model.tie_weights=true", f"weights={path}", "trainer.max_steps=1", "callbacks=none", "eval.every_steps=1"
+    )
+    assert column(continued, "val/loss")[0] < 10.82  # not a fresh draw
+
+
+def test_continued_run_trains_every_epoch_in_its_own_order(tiny_run):
+    """Two epochs, then two more from the checkpoint, equal four in one go."""
+    common = ("callbacks=none", "schedule=constant", "trainer.limit_val_batches=0", "data.batch_size=4")
+    whole = tiny_run(*common, "trainer.max_epochs=4")
+    half = tiny_run(*common, "trainer.max_epochs=2")
+    ckpt = half.folder / "checkpoints" / "last.ckpt"
+    for workers in 0, 2:
+        rest = tiny_run(*common, "trainer.max_epochs=4", f"ckpt_path={ckpt}", f"data.num_workers={workers}")
+        assert column(half, "train/loss") + column(rest, "train/loss") == column(whole, "train/loss")
+        assert rest.record["optimizer_steps"] == whole.record["optimizer_steps"]
+        assert rest.record["tokens_seen"] == whole.record["tokens_seen"]
+
+
+def test_continuing_with_another_model_is_refused(tiny_run):
+    run = tiny_run("callbacks=none", "trainer.max_steps=1", "trainer.limit_val_batches=0")
+    ckpt = run.folder / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"model\.n_layers=3 differs from 2 in .*: model\.n_layers=2"):
+        tiny_run(f"ckpt_path={ckpt}", "model.n_layers=3")
+
+
+def test_a_run_without_a_step_is_an_error(tiny_run):
+    run = tiny_run("callbacks=none", "trainer.max_steps=2", "trainer.limit_val_batches=0")
+    ckpt = run.folder / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="no optimizer step was made"):
+        tiny_run(*FAST, "trainer.max_steps=2", f"ckpt_path={ckpt}")
