@@ -39,8 +39,9 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], check: Callable[
     """Run ``task`` on the config that the command line asks for, as a Hydra application.
 
     ``check`` lists a config's problems. They, and whatever is wrong with the overrides themselves, are printed one
-    per line, before any folder is made, and the process exits with 1. A ``ValueError`` or ``OSError`` out of ``task``
-    is a user's mistake too: its message is printed, its traceback kept in the run's log.
+    per line, before any folder is made, and the process exits with 1. A ``ValueError``, an ``OSError`` or Lightning's
+    ``MisconfigurationException`` out of ``task`` is a user's mistake too: its message is printed, its traceback kept in
+    the run's log.
     """
     problems = _find_problems(config_name, sys.argv[1:], check)
     if problems:
@@ -96,12 +97,14 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return task(cfg)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            log.error("error: %s", line)
-        _log_to_file_only(traceback.format_exc())
-    except Exception:
-        log.exception("stopped by an error")
+    except Exception as error:
+        user_mistakes = ("ValueError", "OSError", "MisconfigurationException")  # the last is Lightning's own
+        if {base.__name__ for base in type(error).__mro__} & set(user_mistakes):
+            for line in str(error).splitlines():
+                log.error("error: %s", line)
+            _log_to_file_only(traceback.format_exc())
+        else:
+            log.exception("stopped by an error")
     if not sweeping:
         sys.exit(1)
     return float("inf")  # the objective of a failed job: the others run on

@@ -72,7 +72,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         steps, warmup = trainer["max_steps"], schedule["warmup_steps"]
         if 0 < steps < warmup:
             found.append(
-                f"schedule.warmup_steps={warmup} is longer than trainer.max_steps={steps}: schedule.warmup_steps=0.1"
+                f"schedule.warmup_steps={warmup} is longer than trainer.max_steps={steps}: schedule.warmup_steps=0.2"
             )
         if steps == trainer["max_epochs"] == -1:
             found.append(
@@ -134,18 +134,18 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
         model, weights = read_weights(cfg.weights or cfg.ckpt_path)
         _check_same_model(cfg, model)
     config = OmegaConf.to_container(cfg, resolve=True)
+    trainer = _build_trainer(cfg, folder)
     seed_everything(cfg.seed, verbose=False)
     datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches)
     datamodule.prepare_data()
     datamodule.setup()
-    trainer = _build_trainer(cfg, folder)
     steps = planned_steps(trainer, len(datamodule.train_dataloader()))
     if not steps:
         raise ValueError("trainer.limit_train_batches leaves no batch to train on: trainer.limit_train_batches=null")
     if config["schedule"]["name"] == "warmup_cosine" and config["schedule"]["warmup_steps"] > steps:
         raise ValueError(
             f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
-            f"schedule.warmup_steps=0.1 or a larger trainer.max_epochs"
+            f"schedule.warmup_steps=0.2 or a larger trainer.max_epochs"
         )
 
     torch.manual_seed(cfg.seed)

@@ -89,7 +89,7 @@ BAD = {
     "trainer.max_epochs=-1": "trainer.max_steps=",
     "ckpt_path=nowhere.ckpt": "ckpt_path=",
     "weights=nowhere.ckpt": "weights=",
-    "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.1",
+    "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.2",
     "seed=[": "seed=[ is no override",
     "callbacks.text_sample=1": "callbacks.text_samples",
 }

@@ -68,8 +68,8 @@ def test_evaluation_over_some_batches(tiny_run):
         "callbacks=none", "eval.batches=2", "eval.full_batches=2", "trainer.max_steps=1", "data.batch_size=1"
     )
     _, train = run.datamodule.eval_dataloaders(2)
-    windows = [(x[0], y[0]) for x, y in train]
-    expected = sum(F.cross_entropy(run.module.net(x[None])[0], y).item() for x, y in windows) / 2
+    net = run.module.net.eval()
+    expected = sum(F.cross_entropy(net(x)[0], y[0]).item() for x, y in train) / 2
     assert run.record["train_loss"] == pytest.approx(expected, abs=1e-5)
 
 

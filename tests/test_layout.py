@@ -68,7 +68,7 @@ def test_nothing_of_pytorch_or_lightning_before_the_overrides_are_checked():
 
 def test_files_can_be_read_in_one_sitting():
     lengths = {path: (ROOT / path).read_text().count("\n") for path in tracked("src/*.py")}
-    long = {path: lines for path, lines in lengths.items() if lines > 130}
+    long = {path: lines for path, lines in lengths.items() if lines > 140}
     assert set(long) <= {
         "src/train.py",  # the main job from the overrides to the summary, told in one place
         "src/cli.py",  # all that stands between a mistyped override and its one-line answer

@@ -41,7 +41,7 @@ class ScheduleConfig:
     ``constant`` has no further numbers."""
 
     name: str = "constant"
-    warmup_steps: float = 0.1
+    warmup_steps: float = 0.2
     initial_lr: float = 0.0
     min_lr: float | None = None
 
@@ -52,7 +52,7 @@ class ScheduleConfig:
         if self.warmup_steps < 0 or (self.warmup_steps > 1 and self.warmup_steps % 1):
             found.append(
                 f"schedule.warmup_steps={self.warmup_steps} is neither a number of steps nor a share below 1: "
-                f"schedule.warmup_steps=0.1"
+                f"schedule.warmup_steps=0.2"
             )
         for key in ("initial_lr", "min_lr"):
             if (getattr(self, key) or 0) < 0:

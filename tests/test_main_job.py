@@ -1,0 +1,76 @@
+"""Slow: the two runs that the README quotes, at full size."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.cli import CONF
+
+pytestmark = pytest.mark.slow
+REFERENCE = {  # the book's chapter 5 on The Verdict, before training
+    "train/eval_loss": 10.98758347829183,
+    "val/loss": 10.98110580444336,
+}
+
+
+def verdict() -> Path | None:
+    """A copy of The Verdict beside this checkout or in the cache; None where there is none and no network."""
+    beside = CONF.parents[1] / "shared" / "data" / "the-verdict.txt"
+    if beside.exists():
+        return beside
+    from src.data.corpus import _download
+
+    try:
+        data = (CONF / "data" / "the_verdict.yaml").read_text()
+        return _download(re.search(r"url: (.*)", data)[1], re.search(r"sha256: (.*)", data)[1])
+    except ValueError:
+        return None
+
+
+def train(folder: Path, *overrides: str) -> tuple[str, dict, list[dict[str, float]]]:
+    import csv
+
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train", *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = folder.glob("outputs/*/*")
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return done.stdout, json.loads((run / "run.json").read_text()), rows
+
+
+def test_main_job_learns_the_story(tmp_path):
+    output, record, rows = train(tmp_path, "model=gpt2_small", "trainer.max_epochs=10")
+    assert record["parameters"] == 162_419_712
+    assert record["optimizer_steps"] == 90
+    assert 10.5 < rows[0]["train/eval_loss"] < 11.3
+    assert record["train_loss"] < 1.0
+    samples = re.findall(r"^greedy \| (.*)$", output, re.M)
+    assert len(samples) == 11  # before training and after each epoch
+    assert not any(words in samples[0] for words in ("the raft", "said Odile"))
+    assert any(words in samples[-1] for words in ("the raft", "said Odile", "on the", "and the"))
+
+
+@pytest.mark.skipif(verdict() is None, reason="The Verdict is neither beside this checkout nor to be fetched")
+def test_book(tmp_path):
+    output, record, rows = train(tmp_path, "experiment=book", f"data.path={verdict()}")
+    assert "18 windows in 9 batches" in output
+    assert "2 windows in 1 batches" in output
+    assert record["data_sha256"] == "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+    assert record["precision"] == "32-true"
+    for key, value in REFERENCE.items():
+        assert rows[0][key] == pytest.approx(value, abs=1e-5)
+    in_training = [row for row in rows if "val/loss" in row and row["step"] in range(5, 95, 5)]
+    assert len(in_training) == 18
+    assert 0.25 < in_training[-1]["train/eval_loss"] < 0.9
+    assert 6.1 < in_training[-1]["val/loss"] < 6.7
