@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -56,36 +58,48 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
         return hydra.compose(config_name, overrides)
 
 
-def section_problems(cfg: DictConfig, sections: dict[str, type]) -> list[str]:
-    """Wrong types, unknown keys and impossible values of the ``sections`` of ``cfg``, each described by a dataclass.
+def check_sections(cfg: DictConfig, sections: dict[str, type]) -> tuple[dict[str, Any], list[str]]:
+    """The ``sections`` of ``cfg`` as instances of their dataclasses, and all problems: types, unknown keys, values.
 
-    Keys of ``trainer`` that its dataclass lacks are left to Lightning.
+    A value that means the same in another type (``no`` for a switch) is replaced in ``cfg`` by what it means. The
+    section called "" is the config's own top level. Keys that a dataclass lacks are left alone at the top level and in
+    ``trainer``, where Lightning judges them.
     """
-    found = []
+    found: list[str] = []
+    checked = {}
     for section, schema in sections.items():
-        defaults = {field.name: field for field in dataclasses.fields(schema)}
+        node, prefix = (cfg[section], f"{section}.") if section else (cfg, "")
+        fields = {field.name: field for field in dataclasses.fields(schema)}
         typed = OmegaConf.structured(schema)
         OmegaConf.set_readonly(typed, False)
-        values, sound = {}, True
-        for key, value in OmegaConf.to_container(cfg[section], resolve=True).items():
-            if key in defaults:
+        before = len(found)
+        for key in node:
+            if key in fields:
                 try:
-                    typed[key] = value
-                    values[key] = typed[key]
+                    typed[key] = node[key]
+                    if not OmegaConf.is_interpolation(node, key) and type(typed[key]) is not type(node[key]):
+                        node[key] = typed[key]
                 except OmegaConfBaseException:
-                    default = defaults[key].default
-                    cure = "null" if default is None else default
-                    kind = str(defaults[key].type).replace("None", "null").removeprefix("<class '").removesuffix("'>")
-                    found.append(f"{section}.{key}={value} is not of type {kind}: {section}.{key}={cure}")
-                    sound = False
-            elif section != "trainer" and not key.startswith("_"):
-                found.append(f"{section}.{key} does not exist: did you mean {section}.{_nearest(key, list(defaults))}?")
-        if sound:
+                    if not OmegaConf.is_interpolation(node, key):  # else it is told where the value comes from
+                        found.append(_wrong_type(prefix, fields[key], node[key]))
+                    before = -1
+            elif section not in ("", "trainer") and not key.startswith("_"):
+                found.append(f"{prefix}{key} does not exist: did you mean {prefix}{_nearest(key, list(fields))}?")
+        if len(found) == before:
             try:
-                schema(**values)
+                checked[section] = schema(**typed)
             except ValueError as error:
                 found += str(error).splitlines()
-    return found
+    return checked, found
+
+
+def _wrong_type(prefix: str, field: dataclasses.Field, value: Any) -> str:
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    cure = default if isinstance(default, str) else json.dumps(default)
+    kind = str(getattr(field.type, "__name__", field.type)).replace("None", "null")
+    override = f"{prefix}{field.name}={cure}".replace(" ", "")
+    override = f"'{override}'" if isinstance(default, list) else override
+    return f"{prefix}{field.name}={value} is not of type {kind}: {override}"
 
 
 def _hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
@@ -98,7 +112,9 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     try:
         return task(cfg)
     except Exception as error:
-        user_mistakes = ("ValueError", "OSError", "MisconfigurationException")  # the last is Lightning's own
+        if type(error).__name__ == "InstantiationException":  # Hydra's, around what a class thought of its arguments
+            error = error.__cause__ or error
+        user_mistakes = ("ValueError", "OSError", "MisconfigurationException", "InstantiationException")
         if {base.__name__ for base in type(error).__mro__} & set(user_mistakes):
             for line in str(error).splitlines():
                 log.error("error: %s", line)
@@ -134,17 +150,21 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
             parsed.append(OverridesParser.create().parse_override(override))
         except HydraException:
             found.append(f"{override} is no override: key=value, with quotes around a value of several words")
+        else:
+            if parsed[-1].is_sweep_override() and not sweeping:
+                found.append(f"{override} names several values: python -m src.{config_name} -m {override} to sweep")
     base = compose(config_name, [])
     for override in parsed:
         found += _unknown(config_name, base, override)
     if found:
         return found
-    if sweeping:  # each job checks its own config; here one of them stands for all
-        overrides = [_first_choice(override) for override in parsed]
     try:
+        if sweeping:  # each job checks its own config; here one of them stands for all
+            overrides = [_first_choice(override) for override in parsed]
         cfg = compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return [" ".join(str(error).split("\n")[0].split())]
+        reason = " ".join(str(error).split("\n")[0].split())
+        return [] if sweeping and "sweep" in reason else [f"{reason} See python -m src.{config_name} --help"]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
     return [] if sweeping else check(cfg)
@@ -153,18 +173,26 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
 def _first_choice(override: Override) -> str:
     if not override.is_sweep_override():
         return override.input_line
-    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+    return f"{override.get_key_element()}={_choices(override)[0]}"
+
+
+def _choices(override: Override) -> list[Any]:
+    """What an override stands for; for a glob or an interval, which only a sweeper can spell out, a HydraException."""
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
 
 
 def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str]:
     """Whether ``override`` names a config group's choice or a key that does not exist; with the nearest that does."""
     key = override.key_or_group
-    if key.split(".")[0] == "hydra":
+    if re.split("[./]", key)[0] == "hydra":
         return []
     folder = CONF / key
     if folder.is_dir():
         choices = sorted(file.stem for file in folder.glob("*.yaml"))
-        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+        try:
+            values = _choices(override)
+        except HydraException:
+            return []
         return [
             f"{key}={value} does not exist: {key}={_nearest(str(value), choices)} (there are: {', '.join(choices)})"
             for value in values
@@ -178,7 +206,7 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
         return []
     if override.is_add() and key.split(".")[0] in ("callbacks", "logger"):
         return []
-    return [f"{key} is no key of {config_name}: did you mean {_nearest(key, sorted(known))}?"]
+    return [f"{key} is no key of {config_name}: did you mean {_nearest(key, sorted(known))}? (all: --cfg job)"]
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> set[str]:
@@ -202,6 +230,8 @@ def _nearest(word: str, choices: list[str]) -> str:
 
     def likeness(choice: str) -> float:
         by_part = difflib.SequenceMatcher(None, last, parts[choice]).ratio()
-        return by_part + difflib.SequenceMatcher(None, word, choice).ratio()
+        contained = 0.3 if last in parts[choice] or parts[choice] in last else 0.0
+        same_section = 0.5 if "." in word and word.split(".")[0] == choice.split(".")[0] else 0.0
+        return by_part + contained + same_section + 0.5 * difflib.SequenceMatcher(None, word, choice).ratio()
 
     return max(choices, key=likeness)

@@ -21,7 +21,7 @@ from src import cli
 from src.data.config import DataConfig
 from src.model.config import GPTConfig
 from src.record import RunRecord
-from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, ScheduleConfig, TrainerLimits
+from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 
 if TYPE_CHECKING:  # a wrong command line is answered without the seconds that these imports take
     from lightning.pytorch import Trainer
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # a wrong command line is answered without the seconds that t
 log = logging.getLogger(__name__)
 
 SECTIONS = {
+    "": RunConfig,
     "model": GPTConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
@@ -60,37 +61,42 @@ def find_problems(cfg: DictConfig) -> list[str]:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         return [str(error).splitlines()[0]]
-    found = cli.section_problems(cfg, SECTIONS)
+    checked, found = cli.check_sections(cfg, SECTIONS)
     if found:  # the rest relies on each number being sound by itself
         return found
-    model, trainer, schedule, optimizer = (config[key] for key in ("model", "trainer", "schedule", "optimizer"))
-    if model["vocab_size"] < 50257:
+    top, model, data, trainer, schedule, optimizer = (
+        checked[key] for key in ("", "model", "data", "trainer", "schedule", "optimizer")
+    )
+    if model.vocab_size < 50257:
+        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's 50257: model.vocab_size=50257")
+    if data.context_length != model.context_length:
         found.append(
-            f"model.vocab_size={model['vocab_size']} is less than the tokenizer's 50257: model.vocab_size=50257"
+            f"data.context_length={data.context_length} is not the model's: model.context_length={data.context_length}"
         )
-    if schedule["name"] == "warmup_cosine":
-        steps, warmup = trainer["max_steps"], schedule["warmup_steps"]
-        if 0 < steps < warmup:
+    if config["trainer"]["devices"] not in (1, "1", "auto") or trainer.num_nodes != 1:
+        found.append(f"trainer.devices={config['trainer']['devices']}: one device for now: trainer.devices=1")
+    if schedule.name == "warmup_cosine":
+        steps = trainer.max_steps
+        if 0 < steps < schedule.warmup_steps:
             found.append(
-                f"schedule.warmup_steps={warmup} is longer than trainer.max_steps={steps}: schedule.warmup_steps=0.2"
+                f"schedule.warmup_steps={schedule.warmup_steps:g} is longer than trainer.max_steps={steps}: "
+                f"schedule.warmup_steps=0.2"
             )
-        if steps == trainer["max_epochs"] == -1:
+        if steps == trainer.max_epochs == -1:
             found.append(
                 "trainer.max_epochs=-1 leaves schedule=warmup_cosine without an end: "
                 "trainer.max_steps=<n> or schedule=constant"
             )
         for key in ("initial_lr", "min_lr"):
-            if (schedule[key] or 0) > optimizer["learning_rate"]:
+            if (getattr(schedule, key) or 0) > optimizer.learning_rate:
                 found.append(
-                    f"schedule.{key}={schedule[key]} is above optimizer.learning_rate={optimizer['learning_rate']}: "
-                    f"schedule.{key}=0"
+                    f"schedule.{key}={getattr(schedule, key)} is above "
+                    f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
     for key in ("ckpt_path", "weights"):
-        if config[key] is not None and not Path(config[key]).is_file():
-            found.append(
-                f"{key}={config[key]} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt"
-            )
-    if config["ckpt_path"] and config["weights"]:
+        if (path := getattr(top, key)) is not None and not Path(path).is_file():
+            found.append(f"{key}={path} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt")
+    if top.ckpt_path and top.weights:
         found.append(
             "ckpt_path and weights exclude each other: weights=null to continue a run, ckpt_path=null to start one"
         )
@@ -123,6 +129,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     import torch
     from lightning.pytorch import seed_everything
 
+    from src.callbacks.evaluation import EvaluationSchedule
     from src.callbacks.throughput import Throughput
     from src.training.checkpoint import read_weights
     from src.training.device import device_name
@@ -130,9 +137,10 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     from src.training.optim import planned_steps
 
     weights = None
-    if cfg.weights or cfg.ckpt_path:
-        model, weights = read_weights(cfg.weights or cfg.ckpt_path)
-        _check_same_model(cfg, model)
+    for key in ("weights", "ckpt_path"):
+        if cfg[key]:
+            model, weights = read_weights(cfg[key], key, with_optimizer=key == "ckpt_path")
+            _check_same_model(cfg, model, cfg[key])
     config = OmegaConf.to_container(cfg, resolve=True)
     trainer = _build_trainer(cfg, folder)
     seed_everything(cfg.seed, verbose=False)
@@ -141,7 +149,11 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     datamodule.setup()
     steps = planned_steps(trainer, len(datamodule.train_dataloader()))
     if not steps:
-        raise ValueError("trainer.limit_train_batches leaves no batch to train on: trainer.limit_train_batches=null")
+        raise ValueError(
+            f"trainer.limit_train_batches={cfg.trainer.limit_train_batches} and "
+            f"trainer.overfit_batches={cfg.trainer.overfit_batches} leave no batch to train on: "
+            f"trainer.limit_train_batches=null trainer.overfit_batches=0"
+        )
     if config["schedule"]["name"] == "warmup_cosine" and config["schedule"]["warmup_steps"] > steps:
         raise ValueError(
             f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
@@ -179,18 +191,23 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     )
     if not module.steps_made:
         raise ValueError(
-            f"no optimizer step was made: the run of {steps} steps ended before its first; "
-            f"trainer.max_epochs=<more epochs> or trainer.max_steps=<more steps>"
+            f"no optimizer step was made, the run is at step {trainer.global_step} of {steps}: "
+            f"trainer.max_epochs=<more>, trainer.max_steps=<more> or a longer trainer.max_time"
         )
-    if evaluating and cfg.eval.batches != cfg.eval.full_batches:
+    by_schedule = any(isinstance(callback, EvaluationSchedule) for callback in trainer.callbacks)
+    if evaluating and (not by_schedule or cfg.eval.batches != cfg.eval.full_batches):
         datamodule.eval_batches = cfg.eval.full_batches
         trainer.validate(module, datamodule=datamodule, verbose=False)
     final = {key: value.item() for key, value in trainer.callback_metrics.items()}
-    record.update(
-        train_loss=final.get("train/eval_loss"),
-        val_loss=final.get("val/loss"),
-        val_perplexity=math.exp(final["val/loss"]) if "val/loss" in final else None,
-    )
+    losses = {"train_loss": final.get("train/eval_loss"), "val_loss": final.get("val/loss")}
+    for key, loss in losses.items():
+        if loss is not None and not math.isfinite(loss):
+            raise ValueError(
+                f"the run diverged, its {key} is {loss}: "
+                f"optimizer.learning_rate=<less than {cfg.optimizer.learning_rate}>"
+            )
+    val_loss = losses["val_loss"]
+    record.update(**losses, val_perplexity=None if val_loss is None else math.exp(min(val_loss, 700)))
     return run
 
 
@@ -204,13 +221,16 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
-    for message in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*", "The dirpath has changed.*"):
         warnings.filterwarnings("ignore", message=message)
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
         options["val_check_interval"] = NEVER
         callbacks.insert(0, EvaluationSchedule(cfg.eval.every_steps))
+    elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
+        options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
     if options["enable_checkpointing"]:
         checkpoints = folder / "checkpoints"
         callbacks += [best_checkpoint(checkpoints), LastCheckpoint(checkpoints, **cfg.checkpoint)]
@@ -225,13 +245,13 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     for name, logger in cfg.logger.items():
         place = {"folder": folder} if name == "csv" else {"save_dir": str(folder)}
         loggers.append(instantiate(logger, **place))
-    return Trainer(**options, callbacks=callbacks, logger=loggers, default_root_dir=folder)
+    return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
 
 
-def _check_same_model(cfg: DictConfig, model: GPTConfig) -> None:
+def _check_same_model(cfg: DictConfig, model: GPTConfig, path: str) -> None:
     """The model of a checkpoint must be the one asked for; dropout and the way to draw weights may change."""
     different = [
-        f"model.{key}={cfg.model[key]} differs from {value} in {cfg.ckpt_path or cfg.weights}: model.{key}={value}"
+        f"model.{key}={cfg.model[key]} differs from {value} in {path}: model.{key}={value}"
         for key, value in vars(model).items()
         if key not in ("drop_rate", "init") and cfg.model[key] != value
     ]

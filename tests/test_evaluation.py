@@ -24,7 +24,7 @@ def split_loss(net: GPT, windows) -> float:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_first_row_is_the_untrained_model_whatever_the_batch_size(tiny_run, text, batch_size):
     text.write_text(story_of(5000))
-    run = tiny_run(*ONE_STEP, f"data.batch_size={batch_size}", "data.stride=11")
+    run = tiny_run(*ONE_STEP, f"data.batch_size={batch_size}", "data.stride=11", "eval.full_batches=null")
     first = metrics_of(run)[0]
     torch.manual_seed(123)
     net = GPT(run.module.net.config)
@@ -77,6 +77,11 @@ def test_lightnings_own_interval_still_works(tiny_run):
     run = tiny_run("callbacks=none", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "data.batch_size=8")
     per_epoch = len(run.datamodule.train_dataloader())
     assert [row["step"] for row in metrics_of(run) if "val/loss" in row] == [0, 2 * per_epoch, 4 * per_epoch]
+
+
+def test_lightnings_share_of_an_epoch(tiny_run):
+    run = tiny_run("callbacks=none", "trainer.val_check_interval=0.5", "data.batch_size=4")  # 12 batches
+    assert [row["step"] for row in metrics_of(run) if "val/loss" in row] == [0, 6, 12]
 
 
 def test_without_evaluation(tiny_run):

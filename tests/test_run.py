@@ -251,6 +251,43 @@ def test_plain_lines_elsewhere(tiny_run, caplog):
     assert f"{column(run, 'train/loss')[1]:.3f}" in lines[1]
 
 
+def test_progress_under_accumulation_is_the_steps_own(tiny_run, caplog):
+    with caplog.at_level(logging.INFO, logger="src.callbacks.console"):
+        run = tiny_run("callbacks.console.every_seconds=0", "trainer.max_steps=3", "logger=csv",
+                       "trainer.accumulate_grad_batches=4", "schedule=constant")  # fmt: skip
+    lines = [message for message in caplog.messages if re.match(r"step \d/3: loss \d", message)]
+    assert len(lines) == 3
+    for line, loss, lr in zip(lines[1:], column(run, "train/loss"), column(run, "lr"), strict=False):
+        assert f"loss {loss:.3f}" in line  # as of the step before: Lightning gives out a step's metrics behind it
+        assert f"lr {lr:.2e}" in line
+
+
+def test_checkpoint_writing_is_not_training(tiny_run, monkeypatch):
+    from src.training.checkpoint import AtomicCheckpointIO
+
+    save = AtomicCheckpointIO.save_checkpoint
+    slow = lambda self, *args, **kwargs: (time.sleep(0.5), save(self, *args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
+    run = tiny_run("trainer.max_steps=6", "checkpoint.every_steps=1", "~callbacks.text_samples", "~callbacks.loss_plot")
+    assert run.record["seconds"] > 3
+    assert run.record["tokens_seen"] / run.record["tokens_per_second"] < 1.5
+
+
+@pytest.mark.parametrize("wrong", ["prompts=hello", "prompts=['']", "every_n_epochs=0", "temperature=-1"])
+def test_wrong_callback_options_are_told_before_the_text_is_read(tmp_path, wrong):
+    done = command(tmp_path, f"callbacks.text_samples.{wrong}", "data.path=nowhere")
+    assert done.returncode == 1
+    assert f"error: callbacks.text_samples.{wrong.split('=')[0]}=" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "nowhere" not in done.stdout
+
+
+def test_profile_shows_where_the_time_goes(tmp_path):
+    done = command(tmp_path, "debug=profile")
+    assert done.returncode == 0
+    assert "run_training_batch" in done.stdout
+
+
 def test_one_row_per_step(tiny_run):
     run = tiny_run("trainer.max_steps=6", "eval.every_steps=2", "eval.batches=1")
     assert [row["step"] for row in metrics_of(run)] == list(range(7))

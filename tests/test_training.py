@@ -216,9 +216,51 @@ def test_continued_run_trains_every_epoch_in_its_own_order(tiny_run):
         assert rest.record["tokens_seen"] == whole.record["tokens_seen"]
 
 
-def test_continuing_with_another_model_is_refused(tiny_run):
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("trainer.max_steps=7",), ("trainer.max_epochs=2",)),  # cut within an epoch
+        (("trainer.max_steps=7",), ("trainer.max_steps=20",)),
+        (("trainer.max_steps=12",), ("trainer.max_epochs=2",)),  # exactly one epoch
+        (("trainer.max_epochs=1",), ("trainer.max_steps=20",)),
+    ],
+)
+def test_a_run_cut_short_goes_on_where_it_stopped(tiny_run, first, then):
+    common = ("callbacks=none", "schedule=constant", "data.batch_size=4", "trainer.max_epochs=null")  # 12 batches
+    cut = tiny_run(*common, *first)
+    whole = tiny_run(*common, *then)
+    for name in "last", "best":
+        ckpt = cut.folder / "checkpoints" / f"{name}.ckpt"
+        rest = tiny_run(*common, *then, f"ckpt_path={ckpt}")
+        assert column(cut, "train/loss") + column(rest, "train/loss") == column(whole, "train/loss"), name
+        assert column(rest, "step")[-1] == column(whole, "step")[-1]
+        assert rest.record["val_loss"] == whole.record["val_loss"]
+
+
+def test_overrides_of_a_continued_run_hold(tiny_run):
+    cut = tiny_run("callbacks=none", "trainer.max_steps=4", "trainer.limit_val_batches=0")
+    ckpt = f"ckpt_path={cut.folder / 'checkpoints' / 'last.ckpt'}"
+    rest = tiny_run(*FAST, ckpt, "trainer.max_steps=6", "schedule=constant", "optimizer.learning_rate=0.05",
+                    "optimizer.weight_decay=0.3", "optimizer.betas=[0.8,0.9]")  # fmt: skip
+    assert column(rest, "lr") == [0.05, 0.05]
+    (decayed, _) = rest.trainer.optimizers[0].param_groups
+    assert (decayed["weight_decay"], decayed["betas"]) == (0.3, (0.8, 0.9))
+
+
+def test_a_run_that_diverged_fails(tiny_run):
+    with pytest.raises(ValueError, match="diverged"):
+        tiny_run(
+            "optimizer.learning_rate=1e30", "trainer.max_steps=4", "callbacks=none", "trainer.gradient_clip_val=null"
+        )
+
+
+def test_continuing_with_another_model_is_refused(tiny_run, tmp_path):
     run = tiny_run("callbacks=none", "trainer.max_steps=1", "trainer.limit_val_batches=0")
     ckpt = run.folder / "checkpoints" / "last.ckpt"
+    weights = tmp_path / "weights.pt"
+    save_weights(run.module.net, weights)
+    with pytest.raises(ValueError, match=r"no optimizer to go on with: weights="):
+        tiny_run(f"ckpt_path={weights}")
     with pytest.raises(ValueError, match=r"model\.n_layers=3 differs from 2 in .*: model\.n_layers=2"):
         tiny_run(f"ckpt_path={ckpt}", "model.n_layers=3")
 

@@ -43,11 +43,15 @@ class LastCheckpoint(Checkpoint):
         steps_due = self.every_steps is not None and self._step % self.every_steps == 0
         minutes = (time.monotonic() - self._saved_at) / 60
         minutes_due = self.every_minutes is not None and minutes >= self.every_minutes
-        if trainer.strategy.broadcast(steps_due or minutes_due):
+        # Stopped within an epoch: once training has ended, Lightning counts that epoch as done.
+        ends_here = trainer.should_stop or self._step >= trainer.estimated_stepping_batches
+        cut_short = ends_here and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if trainer.strategy.broadcast(steps_due or minutes_due or cut_short):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:

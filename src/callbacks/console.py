@@ -18,20 +18,23 @@ class Console(Callback):
         self.every_seconds = every_seconds
         self._last_line = 0.0
         self._started = 0.0
-        self._first_step = 0
+        self._first_step = self._step = 0
+        self._total_steps = math.nan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._last_line = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
-        self._first_step = trainer.global_step
+        self._first_step = self._step = trainer.global_step
+        self._total_steps = trainer.estimated_stepping_batches
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._due(trainer):
-            self._print_progress(trainer, outputs["loss"].item())
+        if trainer.global_step != self._step and self._due(trainer):
+            self._print_progress(trainer)
+        self._step = trainer.global_step
 
     def on_validation_batch_end(
         self,
@@ -44,7 +47,7 @@ class Console(Callback):
     ) -> None:
         if self._due(trainer):
             batches = trainer.num_val_batches[dataloader_idx] if trainer.num_val_batches else "?"
-            log.info("%s, evaluating: batch %d/%s", _step(trainer), batch_idx + 1, batches)
+            log.info("%s, evaluating: batch %d/%s", self._at(trainer), batch_idx + 1, batches)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
@@ -52,7 +55,7 @@ class Console(Callback):
             return
         val = metrics["val/loss"].item()
         train = f"train {metrics['train/eval_loss'].item():.3f}, " if "train/eval_loss" in metrics else ""
-        log.info("%s: loss in evaluation %sval %.3f, val perplexity %s", _step(trainer), train, val, _exp(val))
+        log.info("%s: loss in evaluation %sval %.3f, val perplexity %s", self._at(trainer), train, val, _exp(val))
 
     def _due(self, trainer: Trainer) -> bool:
         now = time.monotonic()
@@ -61,22 +64,18 @@ class Console(Callback):
         self._last_line = now
         return trainer.is_global_zero
 
-    def _print_progress(self, trainer: Trainer, loss: float) -> None:
-        done = trainer.global_step - self._first_step
-        left = ""
-        if done and math.isfinite(total := trainer.estimated_stepping_batches):
-            seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
-            left = f", {timedelta(seconds=round(seconds))} left"
-        rate = trainer.callback_metrics.get("perf/tokens_per_second")
-        speed = f", {rate.item():,.0f} tokens/s" if rate is not None else ""
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        log.info("%s: loss %.3f, perplexity %s, lr %.2e%s%s", _step(trainer), loss, _exp(loss), lr, speed, left)
+    def _print_progress(self, trainer: Trainer) -> None:
+        metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+        loss, lr, rate = (metrics.get(key, math.nan) for key in ("train/loss", "lr", "perf/tokens_per_second"))
+        seconds = (time.monotonic() - self._started) / (trainer.global_step - self._first_step)
+        seconds *= self._total_steps - trainer.global_step
+        left = f", {timedelta(seconds=round(seconds))} left" if math.isfinite(seconds) else ""
+        speed = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
+        log.info("%s: loss %.3f, perplexity %s, lr %.2e%s%s", self._at(trainer), loss, _exp(loss), lr, speed, left)
 
-
-def _step(trainer: Trainer) -> str:
-    if not trainer.optimizers:  # outside of fit
-        return f"step {trainer.global_step}"
-    return f"step {trainer.global_step}/{trainer.estimated_stepping_batches}"
+    def _at(self, trainer: Trainer) -> str:
+        total = f"/{self._total_steps}" if math.isfinite(self._total_steps) else ""
+        return f"step {trainer.global_step}{total}"
 
 
 def _exp(loss: float) -> str:

@@ -22,6 +22,11 @@ class EvaluationSchedule(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        # A checkpoint written by the validation of a step, best.ckpt, goes on behind that validation. Lightning looks
+        # whether one is due to find that out.
+        loop = trainer.fit_loop
+        resumed_behind_validation = loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last
+        trainer.val_check_batch = 1 if resumed_behind_validation else trainer.val_check_batch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

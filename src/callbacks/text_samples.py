@@ -20,6 +20,9 @@ class TextSamples(Callback):
 
     Written to the log, to ``samples.md`` in the trainer's root folder, and to TensorBoard as text. Draws come from a
     generator of its own, seeded by ``seed`` and the step.
+
+    Raises:
+        ValueError: prompts that are no list of texts, or an impossible number.
     """
 
     def __init__(
@@ -31,6 +34,21 @@ class TextSamples(Callback):
         every_n_epochs: int = 1,
         seed: int = 123,
     ) -> None:
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise ValueError(
+                f"callbacks.text_samples.prompts={prompts} must be a list of texts, none of them empty: "
+                f"'callbacks.text_samples.prompts=[\"Every effort moves you\"]'"
+            )
+        for key, value in ("max_new_tokens", max_new_tokens), ("every_n_epochs", every_n_epochs):
+            if value < 1:
+                raise ValueError(
+                    f"callbacks.text_samples.{key}={value} must be at least 1, or ~callbacks.text_samples for none"
+                )
+        if temperature < 0 or (top_k or 0) < 0:
+            raise ValueError(
+                f"callbacks.text_samples.temperature={temperature} and .top_k={top_k} cannot be negative: "
+                f"callbacks.text_samples.temperature=1.0 callbacks.text_samples.top_k=25"
+            )
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature

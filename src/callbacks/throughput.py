@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Throughput(Callback):
     """Logs ``perf/tokens_per_second``: tokens trained on per second of training since the last log.
 
-    Evaluation and text samples stop the clock.
+    Evaluation, text samples and the writing of checkpoints stop the clock until the next batch.
     """
 
     def __init__(self) -> None:
@@ -37,15 +37,15 @@ class Throughput(Callback):
         self._tokens_before = pl_module.tokens_seen
         self._step = trainer.global_step
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._running_since is None:
+            self._start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._start()
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

@@ -21,6 +21,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         found = []
+        if self.context_length < 1:
+            found.append(f"data.context_length={self.context_length} must be at least 1: model.context_length=256")
         if self.batch_size < 1:
             found.append(f"data.batch_size={self.batch_size} must be at least 1: data.batch_size=2")
         if self.stride is not None and self.stride < 1:

@@ -1,5 +1,6 @@
 """The path of one batch: corpus, split, tokens, windows, loader."""
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class TextDataModule(LightningDataModule):
         self.corpus_sha256: str | None = None
         self.train_windows: SlidingWindowDataset | None = None
         self.val_windows: SlidingWindowDataset | None = None
+        self._sampler: SeededSampler | None = None
         self._resumed = (0, 0)
 
     def prepare_data(self) -> None:
@@ -54,33 +56,33 @@ class TextDataModule(LightningDataModule):
         self.val_windows = SlidingWindowDataset(val, context_length, context_length)
 
     def train_dataloader(self) -> DataLoader:
-        sampler = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
+        self._sampler = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
         epoch, batches = self._resumed
-        sampler.resume_at(epoch, batches * self.config.batch_size)
-        return self._loader(self.train_windows, sampler=sampler, drop_last=True)
+        self._sampler.resume_at(epoch, batches * self.config.batch_size)
+        return self._loader(self.train_windows, sampler=self._sampler, drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader]:
         return self.eval_dataloaders(self.eval_batches)
 
     def eval_dataloaders(self, batches: int | None) -> list[DataLoader]:
-        """Loaders of the validation split and, in the order of epoch 0, of the training split.
+        """Loaders of the validation split and of the training split, without shuffling.
 
-        The same windows at every call, so that evaluations compare; ``batches`` of each, or all.
+        ``batches`` of each, or all of them. Of the training split they are the first ones of epoch 0, so they are
+        drawn from everywhere in it, and every evaluation sees the same.
         """
-        loaders = []
-        first_epoch = list(SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed))
-        for windows, order in (self.val_windows, range(len(self.val_windows))), (self.train_windows, first_epoch):
-            chosen = order if batches is None else order[: batches * self.config.batch_size]
-            loaders.append(self._loader(Subset(windows, chosen)))
-        return loaders
+        if batches is None:
+            return [self._loader(self.val_windows), self._loader(self.train_windows)]
+        count = batches * self.config.batch_size
+        first_epoch = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
+        val = Subset(self.val_windows, range(min(count, len(self.val_windows))))
+        return [self._loader(val), self._loader(Subset(self.train_windows, list(islice(first_epoch, count))))]
 
     def state_dict(self) -> dict[str, int]:
         """How far training has come in the data: the epoch and the batches of it already trained on."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        epoch, batches = self.trainer.current_epoch, progress.current.ready
-        if progress.is_last_batch or batches >= self.trainer.num_training_batches:
-            epoch, batches = self.trainer.fit_loop.epoch_progress.current.processed, 0
-        return {"epoch": epoch, "batches": batches}
+        if progress.is_last_batch:
+            return {"epoch": self._sampler.epoch + 1, "batches": 0}
+        return {"epoch": self._sampler.epoch, "batches": progress.current.ready}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._resumed = (state_dict["epoch"], state_dict["batches"])

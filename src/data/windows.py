@@ -62,6 +62,6 @@ class SeededSampler(Sampler[int]):
         if self.shuffle:
             state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(state[0]))
-            order = torch.randperm(self.length, generator=generator).tolist()
+            order = torch.randperm(self.length, generator=generator)  # 8 bytes a window; a list would take 36
         epoch, given_out = self._resumed
-        return iter(order[given_out if self.epoch == epoch else 0 :])
+        return map(int, order[given_out if self.epoch == epoch else 0 :])

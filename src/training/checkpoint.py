@@ -43,26 +43,36 @@ def save_weights(net: GPT, path: str | Path) -> None:
     write_atomically({"config": asdict(net.config), "state_dict": net.state_dict()}, Path(path))
 
 
-def read_weights(path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_weights(
+    path: str | Path, key: str = "weights", with_optimizer: bool = False
+) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and weights from a checkpoint of a run, or from a file by :func:`save_weights`.
 
+    ``key`` is the override that named the file, for the messages.
+
     Raises:
-        ValueError: no such file, or a file of another kind.
+        ValueError: no such file, a file of another kind, or, with ``with_optimizer``, one that has none.
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"weights={path} does not exist: weights=<a .ckpt or weights file>") from None
+        raise ValueError(f"{key}={path} does not exist: {key}=<run folder>/checkpoints/last.ckpt") from None
     except Exception as error:  # whatever torch.load raises on a file it cannot read
         reason = str(error).splitlines()[0]
-        raise ValueError(f"weights={path} cannot be read ({reason[:120]}): weights=<a .ckpt or weights file>") from None
+        raise ValueError(
+            f"{key}={path} cannot be read ({reason[:120]}): {key}=<run folder>/checkpoints/last.ckpt"
+        ) from None
+    if with_optimizer and not (isinstance(content, dict) and content.get("optimizer_states")):
+        raise ValueError(f"{key}={path} has no optimizer to go on with: weights={path} to start from its weights")
     try:
         if "hyper_parameters" in content:
             weights = {name.removeprefix("net."): value for name, value in content["state_dict"].items()}
             return GPTConfig(**content["hyper_parameters"]["model"]), weights
         return GPTConfig(**content["config"]), content["state_dict"]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"weights={path} holds no GPT of this project: weights=<a .ckpt or weights file>") from None
+        raise ValueError(
+            f"{key}={path} holds no GPT of this project: {key}=<run folder>/checkpoints/last.ckpt"
+        ) from None
 
 
 def load_weights(path: str | Path) -> GPT:

@@ -7,6 +7,21 @@ PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true",
 
 
 @dataclass(frozen=True)
+class RunConfig:
+    """The keys of ``conf/train.yaml`` itself."""
+
+    seed: int = 123
+    name: str = "gpt2"
+    ckpt_path: str | None = None
+    weights: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} cannot be negative: seed=123")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019). ``decay`` chooses what ``weight_decay`` pulls towards zero: ``matrices``
     (neither biases nor layer norms) or ``all``. ``fused=None`` picks the fused kernel where the device has one."""
@@ -72,8 +87,8 @@ class EvalConfig:
     for the evaluations before the first and after the last step."""
 
     every_steps: int = 10
-    batches: int | None = None
-    full_batches: int | None = None
+    batches: int | None = 20
+    full_batches: int | None = 200
 
     def __post_init__(self) -> None:
         found = []

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
-from src.training.optim import build_adamw, learning_rate_at
+from src.training.optim import build_adamw, learning_rate_at, parameter_groups
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
@@ -66,6 +66,16 @@ class PretrainingModule(LightningModule):
         total, peak, schedule = self.trainer.estimated_stepping_batches, optimizer.defaults["lr"], self.schedule_config
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, total, peak, schedule) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        config, peak = self.optimizer_config, self.optimizer_config.learning_rate
+        total = self.trainer.estimated_stepping_batches
+        scheduler.base_lrs = [peak] * len(optimizer.param_groups)
+        for group, fresh in zip(optimizer.param_groups, parameter_groups(self.net, config), strict=True):
+            group |= {"weight_decay": fresh["weight_decay"], "betas": tuple(config.betas), "eps": config.eps}
+            group |= {"initial_lr": peak, "lr": learning_rate_at(self.global_step, total, peak, self.schedule_config)}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, micro-batch, rank): whatever else draws random numbers cannot change it.
