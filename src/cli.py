@@ -77,7 +77,8 @@ def check_sections(cfg: DictConfig, sections: dict[str, type]) -> tuple[dict[str
             if key in fields:
                 try:
                     typed[key] = node[key]
-                    if not OmegaConf.is_interpolation(node, key) and type(typed[key]) is not type(node[key]):
+                    said_as_text = isinstance(node[key], str) != isinstance(typed[key], str)  # not 2 for 2.0
+                    if said_as_text and not OmegaConf.is_interpolation(node, key):
                         node[key] = typed[key]
                 except OmegaConfBaseException:
                     if not OmegaConf.is_interpolation(node, key):  # else it is told where the value comes from
@@ -158,13 +159,15 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
         found += _unknown(config_name, base, override)
     if found:
         return found
-    try:
-        if sweeping:  # each job checks its own config; here one of them stands for all
+    if sweeping:  # each job checks its own config; here one of them stands for all
+        try:
             overrides = [_first_choice(override) for override in parsed]
+        except HydraException:
+            return []
+    try:
         cfg = compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        return [] if sweeping and "sweep" in reason else [f"{reason} See python -m src.{config_name} --help"]
+        return [f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
     return [] if sweeping else check(cfg)

@@ -132,7 +132,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     from src.callbacks.evaluation import EvaluationSchedule
     from src.callbacks.throughput import Throughput
     from src.training.checkpoint import read_weights
-    from src.training.device import device_name
+    from src.training.device import device_name, keep_freed_memory
     from src.training.module import PretrainingModule
     from src.training.optim import planned_steps
 
@@ -143,6 +143,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
             _check_same_model(cfg, model, cfg[key])
     config = OmegaConf.to_container(cfg, resolve=True)
     trainer = _build_trainer(cfg, folder)
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
     datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches)
     datamodule.prepare_data()
@@ -195,7 +197,11 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
             f"trainer.max_epochs=<more>, trainer.max_steps=<more> or a longer trainer.max_time"
         )
     by_schedule = any(isinstance(callback, EvaluationSchedule) for callback in trainer.callbacks)
-    if evaluating and (not by_schedule or cfg.eval.batches != cfg.eval.full_batches):
+    done, full = (
+        [len(loader) for loader in datamodule.eval_dataloaders(batches)]
+        for batches in (cfg.eval.batches, cfg.eval.full_batches)
+    )
+    if evaluating and (not by_schedule or done != full):
         datamodule.eval_batches = cfg.eval.full_batches
         trainer.validate(module, datamodule=datamodule, verbose=False)
     final = {key: value.item() for key, value in trainer.callback_metrics.items()}
@@ -222,7 +228,12 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*", "The dirpath has changed.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*is deprecated.*",
+        "The dirpath has changed.*",
+        "You're resuming from.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]

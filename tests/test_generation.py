@@ -59,6 +59,16 @@ def test_sampling_draws_from_the_filtered_distribution():
     torch.testing.assert_close(frequency, expected, atol=0.005, rtol=0)
 
 
+def test_each_row_may_have_its_own_temperature(net):
+    tokens = torch.zeros(3, 4, dtype=torch.int64)
+    temperatures = torch.tensor([[0.0], [2.0], [0.0]])
+    rows = generate(net, tokens, 12, temperatures, top_k=50, generator=torch.Generator().manual_seed(0))
+    greedy = generate(net, tokens[:1], 12)[0]
+    assert torch.equal(rows[0], greedy)
+    assert torch.equal(rows[2], greedy)
+    assert not torch.equal(rows[1], greedy)
+
+
 @pytest.mark.parametrize("top_k", [None, 0, 5, 1000])
 def test_top_k_that_keeps_all(top_k):
     logits = torch.randn(50, 5)

@@ -13,7 +13,7 @@ def generate(
     net: GPT,
     tokens: Tensor,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:

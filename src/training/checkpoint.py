@@ -29,9 +29,8 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
+        torch.save(content, part)  # by path: through a Python file object it takes up to three times as long
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:

@@ -86,14 +86,14 @@ class EvalConfig:
     """When to evaluate, in optimizer steps, and over how many batches (None: the whole split). ``full_batches`` counts
     for the evaluations before the first and after the last step."""
 
-    every_steps: int = 10
-    batches: int | None = 20
+    every_steps: int = 15
+    batches: int | None = 5
     full_batches: int | None = 200
 
     def __post_init__(self) -> None:
         found = []
         if self.every_steps < 1:
-            found.append(f"eval.every_steps={self.every_steps} must be at least 1: eval.every_steps=10")
+            found.append(f"eval.every_steps={self.every_steps} must be at least 1: eval.every_steps=15")
         for key in ("batches", "full_batches"):
             if (value := getattr(self, key)) is not None and value < 1:
                 found.append(f"eval.{key}={value} must be at least 1, or null for the whole split: eval.{key}=null")

@@ -1,6 +1,10 @@
 """What is fast and safe on the machine at hand."""
 
+import ctypes
+
 import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def pick_accelerator(accelerator: str) -> str:
@@ -30,3 +34,19 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
     return str(device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed buffers for the next training step instead of giving them back to the system.
+
+    By default each buffer of 32 MB or more is mapped anew, page by page, at every step: with GPT-2's logits of 100 MB
+    that costs a CPU run a third of its speed (305 against 430 tokens/s for GPT-2 small on two cores). Does nothing
+    where the C library has no ``mallopt``.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+    mallopt(M_TOP_PAD, 256 * 2**20)

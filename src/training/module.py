@@ -68,6 +68,10 @@ class PretrainingModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        # Bounded by max_steps, Lightning takes a finished epoch of a checkpoint for one to go on with.
+        epoch = self.trainer.fit_loop.epoch_progress.current
+        if epoch.ready == epoch.processed:
+            self.trainer.fit_loop.epoch_loop.restarting = False
         # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         config, peak = self.optimizer_config, self.optimizer_config.learning_rate
