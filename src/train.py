@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli
+from src import cli, report
 from src.data.config import DataConfig
 from src.model.config import GPTConfig
 from src.record import RunRecord
@@ -28,8 +28,6 @@ if TYPE_CHECKING:  # a wrong command line is answered without the seconds that t
 
     from src.data.datamodule import TextDataModule
     from src.training.module import PretrainingModule
-
-log = logging.getLogger(__name__)
 
 SECTIONS = {
     "": RunConfig,
@@ -121,7 +119,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         record.update(status=status, error=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
         raise
     record.update(status="checked" if cfg.dry_run else "completed", seconds=time.perf_counter() - started)
-    _print_summary(run)
+    report.print_summary(run)
     return run
 
 
@@ -173,16 +171,16 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
         precision=str(trainer.precision),
     )
     run = Run(folder, trainer, module, datamodule, record.values)
-    _print_start_card(run, cfg, steps)
+    report.print_start_card(run, cfg, steps)
     if cfg.dry_run:
         return run
 
-    _log_hyperparameters(trainer, config)
+    report.log_hyperparameters(trainer, config)
     evaluating = trainer.limit_val_batches != 0
     if evaluating and not cfg.ckpt_path:
         trainer.validate(module, datamodule=datamodule, verbose=False)
         if not cfg.weights:
-            _judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
+            report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
     datamodule.eval_batches = cfg.eval.batches
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
@@ -268,75 +266,6 @@ def _check_same_model(cfg: DictConfig, model: GPTConfig, path: str) -> None:
     ]
     if different:
         raise ValueError("\n".join(different))
-
-
-def _judge_initial_loss(loss: float, vocab_size: int) -> None:
-    """A model that knows nothing yet is as good as a uniform guess: ln(vocab_size) nats per token."""
-    guess = math.log(vocab_size)
-    if abs(loss - guess) > 1:
-        log.warning(
-            "initial val loss %.3f is far from ln(vocab_size) = %.3f: look at the weights or the text", loss, guess
-        )
-    else:
-        log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
-
-
-def _log_hyperparameters(trainer: Trainer, config: dict[str, Any]) -> None:
-    """The flat config for TensorBoard's HParams, whose metrics are the curves of val/loss and val/perplexity."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from torch.utils.tensorboard.summary import hparams
-
-    values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in _flat(config)}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            for summary in hparams(values, {"val/loss": 0.0, "val/perplexity": 0.0}):
-                logger.experiment.file_writer.add_summary(summary)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{key}.")
-        elif prefix.split(".")[0] not in ("callbacks", "logger"):
-            pairs.append((f"{prefix}{key}", value))
-    return pairs
-
-
-def _print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
-    record, trainer, config = run.record, run.trainer, run.module.net.config
-    windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    fused = run.module.optimizer_config.fused
-    card = {
-        "parameters": f"{record['parameters']:,}",
-        **run.datamodule.summary(),
-        "step": f"{windows * config.context_length:,} tokens ({windows} windows of {config.context_length})",
-        "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
-        "device": f"{trainer.world_size} x {record['device']}",
-        "precision": record["precision"],
-        "optimizer": f"AdamW, {'fused' if fused is None or fused else 'not fused'}, {cfg.schedule.name} schedule",
-        "run folder": str(run.folder),
-    }
-    for key, value in card.items():
-        log.info("%-10s  %s", key, value)
-
-
-def _print_summary(run: Run) -> None:
-    record = run.record
-    if record["status"] == "completed":
-        loss = (
-            ""
-            if record["val_loss"] is None
-            else (
-                f", train loss {record['train_loss']:.3f}, val loss {record['val_loss']:.3f}, "
-                f"val perplexity {record['val_perplexity']:,.1f}"
-            )
-        )
-        rate = record["tokens_per_second"]
-        speed = f" at {rate:,.0f} tokens/s" if rate else ""
-        steps, tokens = record["optimizer_steps"], record["tokens_seen"]
-        log.info("%s steps, %s tokens%s in %.0f s%s", f"{steps:,}", f"{tokens:,}", speed, record["seconds"], loss)
-    log.info("run folder: %s", run.folder)
 
 
 def _command() -> str:

@@ -20,7 +20,7 @@ ALLOWED = {
     "training": {"training", "generation", "model", "tokenizer"},
     "callbacks": {"callbacks", "generation", "model", "tokenizer"},
 }
-ENTRIES = {"train", "cli", "record", "sweep"}
+ENTRIES = {"train", "cli", "record", "report", "sweep"}
 
 
 def tracked(*patterns: str) -> list[str]:

@@ -1,0 +1,85 @@
+"""What a run says of itself: the start card, the hyperparameters, the summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from src.train import Run
+
+log = logging.getLogger(__name__)
+
+
+def judge_initial_loss(loss: float, vocab_size: int) -> None:
+    """A model that knows nothing yet is as good as a uniform guess: ln(vocab_size) nats per token."""
+    guess = math.log(vocab_size)
+    if abs(loss - guess) > 1:
+        log.warning(
+            "initial val loss %.3f is far from ln(vocab_size) = %.3f: look at the weights or the text", loss, guess
+        )
+    else:
+        log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
+
+
+def log_hyperparameters(trainer: Trainer, config: dict[str, Any]) -> None:
+    """The flat config for TensorBoard's HParams, whose metrics are the curves of val/loss and val/perplexity."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in _flat(config)}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            for summary in hparams(values, {"val/loss": 0.0, "val/perplexity": 0.0}):
+                logger.experiment.file_writer.add_summary(summary)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key}.")
+        elif prefix.split(".")[0] not in ("callbacks", "logger"):
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
+    record, trainer, config = run.record, run.trainer, run.module.net.config
+    windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    fused = run.module.optimizer_config.fused
+    card = {
+        "parameters": f"{record['parameters']:,}",
+        **run.datamodule.summary(),
+        "step": f"{windows * config.context_length:,} tokens ({windows} windows of {config.context_length})",
+        "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
+        "device": f"{trainer.world_size} x {record['device']}",
+        "precision": record["precision"],
+        "optimizer": f"AdamW, {'fused' if fused is None or fused else 'not fused'}, {cfg.schedule.name} schedule",
+        "run folder": str(run.folder),
+    }
+    for key, value in card.items():
+        log.info("%-10s  %s", key, value)
+
+
+def print_summary(run: Run) -> None:
+    record = run.record
+    if record["status"] == "completed":
+        loss = (
+            ""
+            if record["val_loss"] is None
+            else (
+                f", train loss {record['train_loss']:.3f}, val loss {record['val_loss']:.3f}, "
+                f"val perplexity {record['val_perplexity']:,.1f}"
+            )
+        )
+        rate = record["tokens_per_second"]
+        speed = f" at {rate:,.0f} tokens/s" if rate else ""
+        steps, tokens = record["optimizer_steps"], record["tokens_seen"]
+        log.info("%s steps, %s tokens%s in %.0f s%s", f"{steps:,}", f"{tokens:,}", speed, record["seconds"], loss)
+    log.info("run folder: %s", run.folder)
