@@ -243,8 +243,9 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     if options["enable_checkpointing"]:
         checkpoints = folder / "checkpoints"
         callbacks += [best_checkpoint(checkpoints), LastCheckpoint(checkpoints, **cfg.checkpoint)]
+    accelerator = pick_accelerator(options["accelerator"])
     if options["precision"] is None:
-        options["precision"] = pick_precision(pick_accelerator(options["accelerator"]))
+        options["precision"] = pick_precision(accelerator)
     if options["max_epochs"] is None and options["max_steps"] == -1:
         options["max_epochs"] = DEFAULT_EPOCHS
     if options["enable_progress_bar"] is None:

@@ -8,12 +8,17 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def pick_accelerator(accelerator: str) -> str:
-    """``accelerator``, with ``auto`` and ``gpu`` resolved to ``cuda``, ``mps`` or ``cpu`` as Lightning would."""
-    if accelerator not in ("auto", "gpu"):
-        return accelerator
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """``accelerator``, with ``auto`` and ``gpu`` resolved to ``cuda``, ``mps`` or ``cpu`` as Lightning would.
+
+    Raises:
+        ValueError: an accelerator that this machine does not have.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    wanted = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}.get(accelerator, (accelerator,))
+    for name in wanted:
+        if present.get(name, True):
+            return name
+    raise ValueError(f"trainer.accelerator={accelerator} is not on this machine: trainer.accelerator=auto")
 
 
 def pick_precision(accelerator: str) -> str:
@@ -21,8 +26,9 @@ def pick_precision(accelerator: str) -> str:
     if accelerator == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16"))
+        native = any(
+            _cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16")
+        )
     else:
         native = False
     return "bf16-mixed" if native else "32-true"
@@ -32,8 +38,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+        return f"{_cpu_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
     return str(device)
+
+
+def _cpu_capabilities() -> dict:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # older releases of PyTorch do not tell
 
 
 def keep_freed_memory() -> None:
