@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 def test_notebook_runs_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
     figures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
     assert len(figures) == sum("plt." in cell.source and cell.cell_type == "code" for cell in notebook.cells)

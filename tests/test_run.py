@@ -269,8 +269,8 @@ def test_checkpoint_writing_is_not_training(tiny_run, monkeypatch):
     slow = lambda self, *args, **kwargs: (time.sleep(0.5), save(self, *args, **kwargs))  # noqa: E731
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
     run = tiny_run("trainer.max_steps=6", "checkpoint.every_steps=1", "~callbacks.text_samples", "~callbacks.loss_plot")
-    assert run.record["seconds"] > 3
-    assert run.record["tokens_seen"] / run.record["tokens_per_second"] < 1.5
+    training = run.record["tokens_seen"] / run.record["tokens_per_second"]
+    assert training + 6 * 0.5 < run.record["seconds"]
 
 
 @pytest.mark.parametrize("wrong", ["prompts=hello", "prompts=['']", "every_n_epochs=0", "temperature=-1"])
