@@ -251,10 +251,7 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = sys.stdout.isatty()
     options["plugins"] = [AtomicCheckpointIO(), *(options["plugins"] or [])]
-    loggers = []
-    for name, logger in cfg.logger.items():
-        place = {"folder": folder} if name == "csv" else {"save_dir": str(folder)}
-        loggers.append(instantiate(logger, **place))
+    loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
     return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
 
 

@@ -33,11 +33,10 @@ class LossPlot(Callback):
         losses = {key: trainer.callback_metrics.get(key) for key, _ in SPLITS.values()}
         if trainer.sanity_checking or None in losses.values():
             return
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        epoch = batches / trainer.num_training_batches if batches else 0.0
+        epoch = pl_module.epochs_seen
         point = {"epoch": epoch, "tokens": pl_module.tokens_seen, **{key: loss.item() for key, loss in losses.items()}}
         self.history = [old for old in self.history if old["tokens"] < point["tokens"]] + [point]
-        if trainer.state.fn != "fit" and batches:
+        if trainer.state.fn != "fit" and epoch:
             self._draw(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,14 +10,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsCSV(Logger):
-    """Writes ``metrics.csv`` in ``folder``, one row per step, on disk as soon as it is logged.
+    """Writes ``metrics.csv`` in ``save_dir``, one row per step, on disk as soon as it is logged.
 
     Lightning's CSVLogger gives a step's losses, validation and speed a row each, and keeps up to 100 rows in memory.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
-        self.path = Path(folder, "metrics.csv")
+        self.path = Path(save_dir, "metrics.csv")
         self._columns: list[str] = ["step", "epoch", "tokens_seen", "lr", "train/loss", "train/eval_loss", "val/loss"]
         self._row: dict[str, Any] = {}
         self._row_start = 0

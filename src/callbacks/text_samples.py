@@ -67,8 +67,7 @@ class TextSamples(Callback):
     @rank_zero_only
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        epoch = (pl_module.trainer.fit_loop.epoch_loop.total_batch_idx + 1) / trainer.num_training_batches
-        texts = [f"## step {step}, epoch {epoch:.2f}"]
+        texts = [f"## step {step}, epoch {pl_module.epochs_seen:.2f}"]
         for prompt in self.prompts:
             for way, text in self._continuations(trainer, pl_module, prompt, step).items():
                 log.info("%s | %s", way, text.replace("\n", " "))

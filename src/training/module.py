@@ -61,6 +61,12 @@ class PretrainingModule(LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
 
+    @property
+    def epochs_seen(self) -> float:
+        """Epochs trained so far, fractions included; 0 before the first batch."""
+        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return batches / self.trainer.num_training_batches if batches else 0.0
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_adamw(self.net, self.optimizer_config)
         total, peak, schedule = self.trainer.estimated_stepping_batches, optimizer.defaults["lr"], self.schedule_config
@@ -116,10 +122,9 @@ class PretrainingModule(LightningModule):
         loss = torch.stack(self._micro_losses).mean()
         self._micro_losses.clear()
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        progress = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         metrics = {
             "step": self.global_step + 1,
-            "epoch": progress / self.trainer.num_training_batches,
+            "epoch": self.epochs_seen,
             "grad_norm": norm,
             "lr": optimizer.param_groups[0]["lr"],
             "tokens_seen": self.tokens_seen,
