@@ -21,6 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.training.interruption import Interrupted, Interruption
+
 CONF = Path(__file__).parents[1] / "conf"
 
 log = logging.getLogger(__name__)
@@ -37,18 +39,34 @@ class ConsoleHandler(logging.StreamHandler):
         return sys.stdout
 
 
-def launch(config_name: str, task: Callable[[DictConfig], Any], check: Callable[[DictConfig], list[str]]) -> None:
+def launch(
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    check: Callable[[DictConfig], list[str]],
+    rewrite: Callable[[list[str]], list[str]] = list,
+) -> None:
     """Run ``task`` on the config that the command line asks for, as a Hydra application.
+
+    ``rewrite`` may replace the arguments first.
 
     ``check`` lists a config's problems. They, and whatever is wrong with the overrides themselves, are printed one
     per line, before any folder is made, and the process exits with 1. A ``ValueError``, an ``OSError`` or Lightning's
     ``MisconfigurationException`` out of ``task`` is a user's mistake too: its message is printed, its traceback kept in
     the run's log.
     """
-    problems = _find_problems(config_name, sys.argv[1:], check)
-    if problems:
-        _fail(problems)
-    _hydra_main(config_name, lambda cfg: _run(task, cfg))
+    with Interruption():
+        try:
+            arguments = rewrite(sys.argv[1:])
+        except ValueError as error:
+            _fail(str(error).splitlines())
+        if problems := _find_problems(config_name, arguments, check):
+            _fail(problems)
+        sys.argv[1:] = arguments
+        try:
+            _hydra_main(config_name, lambda cfg: _run(task, cfg))
+        except Interrupted as interrupted:
+            print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
+            raise
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -155,8 +173,11 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
             if parsed[-1].is_sweep_override() and not sweeping:
                 found.append(f"{override} names several values: python -m src.{config_name} -m {override} to sweep")
     base = compose(config_name, [])
+    resuming = any(override.key_or_group == "resume" for override in parsed)
     for override in parsed:
         found += _unknown(config_name, base, override)
+        if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not resuming:
+            found += _taken(override)
     if found:
         return found
     if sweeping:  # each job checks its own config; here one of them stands for all
@@ -210,6 +231,15 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
     if override.is_add() and key.split(".")[0] in ("callbacks", "logger"):
         return []
     return [f"{key} is no key of {config_name}: did you mean {_nearest(key, sorted(known))}? (all: --cfg job)"]
+
+
+def _taken(override: Override) -> list[str]:
+    """Whether the folder that ``override`` names holds anything; Hydra would write over it."""
+    folder = Path(str(override.value()))
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return []
+    key = override.key_or_group
+    return [f"{key}={folder} is not empty: resume={folder} to continue a run, or {key}=<a new folder>"]
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> set[str]:

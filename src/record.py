@@ -1,4 +1,4 @@
-"""``run.json``: what was run, on what, and what came out."""
+"""``run.json``: what was run, on what, and what came out; and the claim to a run folder."""
 
 import importlib.metadata
 import json
@@ -8,40 +8,84 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
+OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "tensorboard")
 
 
 class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
-    Making it claims the folder, so that no two runs can share one.
+    Making it claims the folder until :meth:`close` or the end of the process, so that no two runs can share one.
+    ``resumed`` keeps what an earlier process recorded until :meth:`start`.
 
     Raises:
-        ValueError: another run already has the folder.
+        ValueError: another process has the folder, or, unless ``resumed``, it holds a run.
     """
 
-    def __init__(self, folder: Path, command: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, command: str, overrides: list[str], config: dict[str, Any], resumed: bool = False
+    ) -> None:
         self.path = folder / "run.json"
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")
         try:
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            raise ValueError(f"hydra.run.dir={folder} already holds a run: hydra.run.dir=<a new folder>") from None
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{folder} is in use by another process: stop that, or hydra.run.dir=<a new folder>"
+            ) from None
+        if not resumed and (taken := [name for name in OUTPUTS if (folder / name).exists()]):
+            self._lock.release()
+            raise ValueError(
+                f"hydra.run.dir={folder} already holds a run ({', '.join(taken)}): resume={folder} to continue it, or "
+                f"hydra.run.dir=<a new folder>"
+            )
+        before = read_record(folder) if resumed else {}
+        self.resumed_at = before.get("resumed_at", [])
+        self.seconds_before = before.get("seconds", 0.0)
+        self.completed_before = before.get("status") == "completed"
         self.values: dict[str, Any] = {
             "status": "running",
-            "command": command,
+            "command": before.get("command", command),
+            "overrides": overrides,
             "config": config,
             "versions": versions(),
             "git": git_revision(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
+        self._started = False
+        if not resumed:
+            self.start()
+
+    def start(self, resumed_at: int | None = None) -> None:
+        """From now on this process speaks for the run; ``resumed_at`` is the step that it continues."""
+        self._started = True
+        if resumed_at is not None:
+            self.resumed_at.append(resumed_at)
+            self.values["resumed_at"] = self.resumed_at
         self.update()
 
     def update(self, **values: Any) -> None:
         self.values.update(values)
-        part = self.path.with_suffix(".json.part")
-        part.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        if self._started:
+            part = self.path.with_suffix(".json.part")
+            part.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+            part.replace(self.path)
+
+    def close(self) -> None:
+        self._lock.release()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` in ``folder`` says; nothing where there is none or it cannot be read."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def versions() -> dict[str, str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
+
+from src.resume import command_to_resume
+from src.training.interruption import Interrupted
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -65,6 +69,31 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
     }
     for key, value in card.items():
         log.info("%-10s  %s", key, value)
+
+
+def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
+    saved = any(folder.glob("checkpoints/*.ckpt"))
+    log.warning("stopped by %s, %s", interrupted.signal.name, "saved" if saved else "before anything was to be saved")
+    log.warning("to continue: %s", command_to_resume(folder))
+
+
+def explain(error: BaseException, cfg: DictConfig) -> str | None:
+    """One line on what ran out or died and how to get on; None for any other error."""
+    message = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message:
+        batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate_grad_batches
+        parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)
+        if parts:
+            less = f"data.batch_size={batch // parts} trainer.accumulate_grad_batches={accumulate * parts}"
+        else:
+            less = (
+                f"model.context_length={max(cfg.model.context_length // 2, 1)} "
+                f"trainer.accumulate_grad_batches={accumulate * 2}"
+            )
+        return f"out of memory; this takes less and keeps the tokens per step: {less}"
+    if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
+        return f"a data worker died, often for want of memory: data.num_workers={cfg.data.num_workers // 2}"
+    return None
 
 
 def print_summary(run: Run) -> None:

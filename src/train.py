@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shlex
+import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,17 @@ from src import cli, report
 from src.data.config import DataConfig
 from src.model.config import GPTConfig
 from src.record import RunRecord
+from src.resume import check_text, different_model, different_values, requeue, resumed_overrides, steps_of_schedule
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
+from src.training.interruption import Interrupted, Interruption
 
 if TYPE_CHECKING:  # a wrong command line is answered without the seconds that these imports take
     from lightning.pytorch import Trainer
 
     from src.data.datamodule import TextDataModule
     from src.training.module import PretrainingModule
+
+log = logging.getLogger(__name__)
 
 SECTIONS = {
     "": RunConfig,
@@ -94,53 +100,64 @@ def find_problems(cfg: DictConfig) -> list[str]:
     for key in ("ckpt_path", "weights"):
         if (path := getattr(top, key)) is not None and not Path(path).is_file():
             found.append(f"{key}={path} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt")
-    if top.ckpt_path and top.weights:
-        found.append(
-            "ckpt_path and weights exclude each other: weights=null to continue a run, ckpt_path=null to start one"
-        )
     return found
 
 
 def train(cfg: DictConfig, folder: Path) -> Run:
-    """Train as ``cfg`` says and leave everything in ``folder``.
+    """Train as ``cfg`` says and leave everything in ``folder``; with ``cfg.resume``, go on with the run in it.
 
     Raises:
         ValueError: the problems of the config, all at once; a text that is missing, unreadable or too short; a folder
-            that already holds a run; a run that made no optimizer step.
+            that already holds a run; a checkpoint of another model, text or batch; a run that made no optimizer step;
+            memory that ran out; a data worker that died.
+        OSError: a disk that is full or cannot be written to.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1, once the step under way is finished and saved.
     """
     if problems := find_problems(cfg):
         raise ValueError("\n".join(problems))
     started = time.perf_counter()
-    record = RunRecord(folder, _command(), OmegaConf.to_container(cfg, resolve=True))
-    try:
-        run = _train(cfg, folder, record)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        record.update(status=status, error=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
-        raise
-    record.update(status="checked" if cfg.dry_run else "completed", seconds=time.perf_counter() - started)
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    command = shlex.join(["python", "-m", "src.train", *overrides])
+    config = OmegaConf.to_container(cfg, resolve=True)
+    record = RunRecord(folder, command, overrides, config, resumed=bool(cfg.resume))
+    status = "failed"
+    with Interruption() as interruption:
+        try:
+            run = _train(cfg, folder, record, interruption)
+            status = "checked" if cfg.dry_run else "completed"
+        except Interrupted as interrupted:
+            status = "interrupted"
+            record.update(error=f"{interrupted.signal.name}")
+            report.print_interrupted(interrupted, folder)
+            requeue(interrupted)
+            raise
+        except BaseException as error:
+            record.update(error=f"{type(error).__name__}: {error}")
+            if explained := report.explain(error, cfg):
+                raise ValueError(explained) from error
+            raise
+        finally:
+            record.update(status=status, seconds=record.seconds_before + time.perf_counter() - started)
+            record.close()
     report.print_summary(run)
     return run
 
 
-def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
+def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Interruption) -> Run:
     import torch
     from lightning.pytorch import seed_everything
 
-    from src.callbacks.evaluation import EvaluationSchedule
-    from src.callbacks.throughput import Throughput
-    from src.training.checkpoint import read_weights
+    from src.training.checkpoint import newest_good_checkpoint, read_weights
     from src.training.device import device_name, keep_freed_memory
+    from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.module import PretrainingModule
     from src.training.optim import planned_steps
 
-    weights = None
-    for key in ("weights", "ckpt_path"):
-        if cfg[key]:
-            model, weights = read_weights(cfg[key], key, with_optimizer=key == "ckpt_path")
-            _check_same_model(cfg, model, cfg[key])
-    config = OmegaConf.to_container(cfg, resolve=True)
-    trainer = _build_trainer(cfg, folder)
+    if cfg.weights:
+        model, weights = read_weights(cfg.weights)
+        _refuse(different_model(cfg, asdict(model), cfg.weights))
+    path, checkpoint = _find_checkpoint(cfg, folder)
+    trainer = _build_trainer(cfg, folder, interruption, checkpoint)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
@@ -148,25 +165,29 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     datamodule.prepare_data()
     datamodule.setup()
     steps = planned_steps(trainer, len(datamodule.train_dataloader()))
-    if not steps:
-        raise ValueError(
-            f"trainer.limit_train_batches={cfg.trainer.limit_train_batches} and "
-            f"trainer.overfit_batches={cfg.trainer.overfit_batches} leave no batch to train on: "
-            f"trainer.limit_train_batches=null trainer.overfit_batches=0"
-        )
-    if config["schedule"]["name"] == "warmup_cosine" and config["schedule"]["warmup_steps"] > steps:
-        raise ValueError(
-            f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
-            f"schedule.warmup_steps=0.2 or a larger trainer.max_epochs"
-        )
+    _check_length(cfg, steps)
+    if checkpoint:
+        check_text(checkpoint, path, datamodule.fixed_values())
+        if checkpoint["global_step"] >= steps and (record.completed_before or not cfg.resume):
+            raise ValueError(
+                f"{path} is at step {checkpoint['global_step']} of {steps:,}, there is nothing left to do: "
+                f"trainer.max_epochs=<more> or trainer.max_steps=<more>"
+            )
 
     torch.manual_seed(cfg.seed)
+    config = OmegaConf.to_container(cfg, resolve=True)
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
+    module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights:
         module.net.load_state_dict(weights)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    if trainer.checkpoint_callbacks:
+        _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32
+    if cfg.resume:
+        record.start(checkpoint["global_step"] if checkpoint else 0)
     record.update(
         data_sha256=datamodule.corpus_sha256,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameters=parameters,
         device=device_name(trainer.strategy.root_device),
         precision=str(trainer.precision),
     )
@@ -175,23 +196,49 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     if cfg.dry_run:
         return run
 
-    report.log_hyperparameters(trainer, config)
+    for rollbacks in itertools.count():
+        try:
+            return _fit(run, cfg, path, record)
+        except NonFiniteError as error:
+            if cfg.finite_guard != "rollback" or rollbacks == MAX_ROLLBACKS:
+                raise
+            found = newest_good_checkpoint(folder / "checkpoints")
+            if found is None:
+                raise
+            path, checkpoint = found
+            log.warning("%s", str(error).split(": optimizer.learning_rate")[0])
+            log.warning("back to step %d of %s, leaving that text out", checkpoint["global_step"], path)
+            module.skipped_batches |= set(error.batches)
+            record.update(skipped_batches=sorted(module.skipped_batches))
+            run.trainer = _build_trainer(cfg, folder, interruption, checkpoint)
+
+
+def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run:
+    from src.callbacks.evaluation import EvaluationSchedule
+    from src.callbacks.throughput import Throughput
+
+    trainer, module, datamodule = run.trainer, run.module, run.datamodule
     evaluating = trainer.limit_val_batches != 0
-    if evaluating and not cfg.ckpt_path:
-        trainer.validate(module, datamodule=datamodule, verbose=False)
-        if not cfg.weights:
-            report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
+    if path is None:
+        report.log_hyperparameters(trainer, record.values["config"])
+        if evaluating:
+            datamodule.eval_batches = cfg.eval.full_batches
+            trainer.validate(module, datamodule=datamodule, verbose=False)
+            if not cfg.weights:
+                report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
     datamodule.eval_batches = cfg.eval.batches
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-    speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
-    record.update(
-        optimizer_steps=trainer.global_step,
-        tokens_seen=module.tokens_seen,
-        tokens_per_second=speed and speed.tokens_per_second,
-    )
-    if not module.steps_made:
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
+    finally:
+        speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+        record.update(
+            optimizer_steps=trainer.global_step,
+            tokens_seen=module.tokens_seen,
+            tokens_per_second=speed and speed.tokens_per_second,
+        )
+    if not module.steps_made and not cfg.resume:
         raise ValueError(
-            f"no optimizer step was made, the run is at step {trainer.global_step} of {steps}: "
+            f"no optimizer step was made, the run is at step {trainer.global_step}: "
             f"trainer.max_epochs=<more>, trainer.max_steps=<more> or a longer trainer.max_time"
         )
     by_schedule = any(isinstance(callback, EvaluationSchedule) for callback in trainer.callbacks)
@@ -199,7 +246,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
         [len(loader) for loader in datamodule.eval_dataloaders(batches)]
         for batches in (cfg.eval.batches, cfg.eval.full_batches)
     )
-    if evaluating and (not by_schedule or done != full):
+    if evaluating and (not by_schedule or done != full or not module.steps_made):
         datamodule.eval_batches = cfg.eval.full_batches
         trainer.validate(module, datamodule=datamodule, verbose=False)
     final = {key: value.item() for key, value in trainer.callback_metrics.items()}
@@ -215,12 +262,65 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord) -> Run:
     return run
 
 
-def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
-    from lightning.pytorch import Trainer
+def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from, or another one where that is damaged, and what it holds."""
+    from src.training.checkpoint import good_checkpoint, newest_good_checkpoint
 
-    from src.callbacks.checkpoints import LastCheckpoint, best_checkpoint
+    if cfg.ckpt_path:
+        found = good_checkpoint(Path(cfg.ckpt_path))
+    elif cfg.resume:
+        found = newest_good_checkpoint(folder / "checkpoints")
+        if found is None and any(folder.glob("checkpoints/*.ckpt")):
+            raise ValueError(f"resume={cfg.resume} has no checkpoint that can be read: hydra.run.dir=<a new folder>")
+        if found is None:
+            log.info("%s has no checkpoint yet: starting at step 0", folder)
+    else:
+        found = None
+    if found is None:
+        return None, {}
+    path, checkpoint = found
+    problems = different_model(cfg, checkpoint["hyper_parameters"]["model"], path)
+    _refuse(problems + different_values(cfg, checkpoint, path))
+    log.info("going on from step %d of %s", checkpoint["global_step"], path)
+    return path, checkpoint
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _check_length(cfg: DictConfig, steps: float) -> None:
+    if not steps:
+        raise ValueError(
+            f"trainer.limit_train_batches={cfg.trainer.limit_train_batches} and "
+            f"trainer.overfit_batches={cfg.trainer.overfit_batches} leave no batch to train on: "
+            f"trainer.limit_train_batches=null trainer.overfit_batches=0"
+        )
+    if cfg.schedule.name == "warmup_cosine" and cfg.schedule.warmup_steps > steps:
+        raise ValueError(
+            f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
+            f"schedule.warmup_steps=0.2 or a larger trainer.max_epochs"
+        )
+
+
+def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < 2 * checkpoint_bytes:  # the one that is kept, and the next one beside it
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free, and two checkpoints take {2 * checkpoint_bytes / 1e9:.1f} GB: free "
+            f"some, hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
+        )
+
+
+def _build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption, checkpoint: dict[str, Any]) -> Trainer:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
-    from src.training.checkpoint import AtomicCheckpointIO
+    from src.callbacks.metrics_csv import MetricsCSV
+    from src.training.checkpoint import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
 
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -229,8 +329,10 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*is deprecated.*",
+        "Checkpoint directory .* exists and is not empty.*",
         "The dirpath has changed.*",
         "You're resuming from.*",
+        ".*training_step. returned .None.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -242,7 +344,10 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
         options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
     if options["enable_checkpointing"]:
         checkpoints = folder / "checkpoints"
-        callbacks += [best_checkpoint(checkpoints), LastCheckpoint(checkpoints, **cfg.checkpoint)]
+        callbacks += [
+            BestCheckpoint(checkpoints),
+            LastCheckpoint(checkpoints, **cfg.checkpoint, interruption=interruption),
+        ]
     accelerator = pick_accelerator(options["accelerator"])
     if options["precision"] is None:
         options["precision"] = pick_precision(accelerator)
@@ -250,25 +355,16 @@ def _build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
         options["max_epochs"] = DEFAULT_EPOCHS
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = sys.stdout.isatty()
-    options["plugins"] = [AtomicCheckpointIO(), *(options["plugins"] or [])]
+    options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
+    if cfg.resume or checkpoint:  # the same folder's curves go on where the checkpoint stands
+        step = checkpoint.get("global_step", -1)
+        for logger in loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.resume(step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger._kwargs["purge_step"] = step + 1
     return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
-
-
-def _check_same_model(cfg: DictConfig, model: GPTConfig, path: str) -> None:
-    """The model of a checkpoint must be the one asked for; dropout and the way to draw weights may change."""
-    different = [
-        f"model.{key}={cfg.model[key]} differs from {value} in {path}: model.{key}={value}"
-        for key, value in vars(model).items()
-        if key not in ("drop_rate", "init") and cfg.model[key] != value
-    ]
-    if different:
-        raise ValueError("\n".join(different))
-
-
-def _command() -> str:
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return shlex.join(["python", "-m", "src.train", *overrides])
 
 
 def _run(cfg: DictConfig) -> float | None:
@@ -277,4 +373,4 @@ def _run(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    cli.launch("train", _run, find_problems)
+    cli.launch("train", _run, find_problems, resumed_overrides)

@@ -1,5 +1,7 @@
 import csv
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -52,10 +54,11 @@ def text(tmp_path):
 
 @pytest.fixture
 def tiny_run(tmp_path, text):
-    """Trains gpt2_tiny on ``text`` in this process, in a new folder each time: ``tiny_run("data.stride=8")``."""
+    """Trains gpt2_tiny on ``text`` in this process, in a new folder each time: ``tiny_run("data.stride=8")``; or goes
+    on in an old one: ``tiny_run("data.stride=8", resume=folder)``."""
     numbers = itertools.count()
 
-    def run(*overrides: str) -> Run:
+    def run(*overrides: str, folder: Path | None = None, resume: Path | None = None) -> Run:
         cfg = cli.compose(
             "train",
             [
@@ -67,11 +70,66 @@ def tiny_run(tmp_path, text):
                 "trainer.max_epochs=1",
                 "eval.every_steps=1000",
                 *overrides,
+                *([f"resume={resume}"] if resume else []),
             ],
         )
-        return train(cfg, tmp_path / f"run{next(numbers)}")
+        return train(cfg, resume or folder or tmp_path / f"run{next(numbers)}")
 
     return run
 
 
+@pytest.fixture
+def at_batch(monkeypatch):
+    """``at_batch(7, act)`` calls ``act(module)`` once, in the middle of the training step of the eighth batch."""
+    from src.training.module import PretrainingModule
+
+    training_step = PretrainingModule.training_step
+
+    def at(batch: int, act: Callable[[PretrainingModule], None]) -> None:
+        pending = [act]
+
+        def step(self, given, batch_idx):
+            if pending and self._batch == batch:
+                pending.pop()(self)
+            return training_step(self, given, batch_idx)
+
+        monkeypatch.setattr(PretrainingModule, "training_step", step)
+
+    return at
+
+
 FAST = ("callbacks=none", "trainer.enable_checkpointing=false", "trainer.limit_val_batches=0")
+
+
+FULL = "every trial of the README's table of promises"
+PASSED: dict[tuple[str, str], int] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help=FULL)
+
+
+class Trials:
+    """``trials(few, all)`` trials are to be made; ``trials.passed(promise, count, outcome)`` counts for the table."""
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+
+    def __call__(self, few: int, every: int) -> int:
+        return every if self.full else few
+
+    def passed(self, promise: str, count: int, outcome: str) -> None:
+        key = (promise, outcome)
+        PASSED[key] = PASSED.get(key, 0) + count
+
+
+@pytest.fixture
+def trials(request) -> Trials:
+    return Trials(request.config.getoption("--full"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--full"):
+        terminalreporter.write_line("\n| promise | figure |\n|---|---|")
+        for (promise, outcome), count in PASSED.items():
+            terminalreporter.write_line(f"| {promise} | {count} of {count} {outcome} |")

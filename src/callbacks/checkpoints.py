@@ -1,4 +1,4 @@
-"""The two checkpoints of a run: the best by validation loss, and the last."""
+"""The checkpoints of a run: the best by validation loss, the last and the one before it."""
 
 import time
 from pathlib import Path
@@ -7,53 +7,94 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from src.training.interruption import Interruption
 
-def best_checkpoint(folder: Path) -> ModelCheckpoint:
-    """Keeps ``best.ckpt``, the checkpoint with the lowest ``val/loss``."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor="val/loss",
-        save_on_train_epoch_end=False,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps ``best.ckpt``, the checkpoint with the lowest ``val/loss``, in a run folder that may be moved."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best",
+            monitor="val/loss",
+            save_on_train_epoch_end=False,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        best = Path(self.dirpath, "best.ckpt")
+        if best.exists():  # this folder's own: its score is still to be beaten
+            state_dict |= {"dirpath": self.dirpath, "best_model_path": str(best)}
+        super().load_state_dict(state_dict)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` at the end of training and, between, every so many optimizer steps or minutes."""
+    """Writes ``last.ckpt`` at the end of training, every so many optimizer steps or minutes, and when interrupted.
 
-    def __init__(self, folder: Path, every_steps: int | None = None, every_minutes: float | None = None) -> None:
+    It is written when all of a step is over: its update, the logging of its loss, the evaluation due after it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        interruption: Interruption | None = None,
+    ) -> None:
         self.path = Path(folder, "last.ckpt")
         self.every_steps = every_steps
         self.every_minutes = every_minutes
-        self._step = 0
+        self.interruption = interruption or Interruption()
+        self._step = self._saved_step = 0
         self._saved_at = 0.0
+        self._between_steps = True  # and not between the batches that one step accumulates
+        self._due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+        self._between_steps = True
+        self.interruption.install()  # Lightning has just put handlers of its own in place
+        self.interruption.deferred = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._between_steps:
+            self._save_if_due(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # between two optimizer steps a checkpoint would lose gradients
-            return
+        self._between_steps = trainer.global_step != self._step
         self._step = trainer.global_step
-        steps_due = self.every_steps is not None and self._step % self.every_steps == 0
-        minutes = (time.monotonic() - self._saved_at) / 60
-        minutes_due = self.every_minutes is not None and minutes >= self.every_minutes
-        # Stopped within an epoch: once training has ended, Lightning counts that epoch as done.
-        ends_here = trainer.should_stop or self._step >= trainer.estimated_stepping_batches
-        cut_short = ends_here and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if trainer.strategy.broadcast(steps_due or minutes_due or cut_short):
-            self._save(trainer)
+        if self._between_steps:
+            self._due |= self.every_steps is not None and self._step % self.every_steps == 0
+            minutes = (time.monotonic() - self._saved_at) / 60
+            self._due |= self.every_minutes is not None and minutes >= self.every_minutes
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if self._saved_step != self._step:
             self._save(trainer)
+        self.interruption.deferred = False
+        self.interruption.check()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.interruption.deferred = False
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        interrupted = self.interruption.requested is not None
+        if trainer.strategy.broadcast(self._due or (interrupted and self._saved_step != self._step)):
+            self._save(trainer)
+        self.interruption.check()
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path)
+        self._saved_step = self._step
         self._saved_at = time.monotonic()
+        self._due = False

@@ -22,6 +22,19 @@ class MetricsCSV(Logger):
         self._row: dict[str, Any] = {}
         self._row_start = 0
 
+    def resume(self, step: int) -> None:
+        """Go on behind ``step``: what an interrupted run logged beyond it is dropped, to be logged again."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"].isdecimal() and None not in row.values()]
+        self._columns = list(rows[0]) if rows else self._columns
+        kept = [row for row in rows if int(row["step"]) <= step]
+        self._rewrite(kept[:-1])
+        for row in kept[-1:]:
+            known = {key: value for key, value in row.items() if value}
+            self.log_metrics(known | {"step": int(row["step"])}, int(row["step"]))
+
     @property
     def name(self) -> str:
         return "metrics"
@@ -58,8 +71,13 @@ class MetricsCSV(Logger):
             return
         with self.path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["step"] != str(self._row["step"])]
+        self._rewrite(rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         header = dict(zip(self._columns, self._columns, strict=True))
-        self.path.write_text("".join(map(self._line, [header, *rows])))
+        part = self.path.with_suffix(".csv.part")
+        part.write_text("".join(map(self._line, [header, *rows])))
+        part.replace(self.path)
         self._row_start = self.path.stat().st_size
 
     def _line(self, row: dict[str, Any]) -> str:

@@ -55,6 +55,13 @@ class TextSamples(Callback):
         self.top_k = top_k
         self.every_n_epochs = every_n_epochs
         self.seed = seed
+        self._written = 0  # bytes of samples.md
+
+    def state_dict(self) -> dict[str, int]:
+        return {"bytes": self._written}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._written = state_dict["bytes"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
@@ -73,8 +80,11 @@ class TextSamples(Callback):
                 log.info("%s | %s", way, text.replace("\n", " "))
                 texts.append(f"**{way}**\n\n{_quoted(text)}")
         entry = "\n\n".join(texts)
-        with Path(trainer.default_root_dir, "samples.md").open("a", encoding="utf-8") as file:
-            file.write(entry + "\n\n")
+        with Path(trainer.default_root_dir, "samples.md").open("ab") as file:
+            if file.tell() > self._written:  # beyond the checkpoint that this run continues
+                file.truncate(self._written)
+            file.write(f"{entry}\n\n".encode())
+            self._written = file.tell()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", entry, step)

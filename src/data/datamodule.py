@@ -79,13 +79,32 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """How far training has come in the data: the epoch and the batches of it already trained on."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch:
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if batches >= self.trainer.num_training_batches:
             return {"epoch": self._sampler.epoch + 1, "batches": 0}
-        return {"epoch": self._sampler.epoch, "batches": progress.current.ready}
+        return {"epoch": self._sampler.epoch, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._resumed = (state_dict["epoch"], state_dict["batches"])
+
+    def fixed_values(self) -> dict[str, Any]:
+        """What the order and the meaning of the batches depend on, by the names of the overrides."""
+        config = self.config
+        values = {key: getattr(config, key) for key in ("batch_size", "train_ratio", "shuffle", "special_tokens")}
+        values |= {"context_length": config.context_length, "stride": config.stride or config.context_length}
+        return {
+            **{f"data.{key}": value for key, value in values.items()},
+            "seed": config.seed,
+            "tokenizer": self.tokenizer.name,
+            "data_sha256": self.corpus_sha256,
+        }
+
+    def token_offsets(self, epoch: int, batch: int) -> list[int]:
+        """Where in the training tokens each window of a batch starts."""
+        order = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
+        order.set_epoch(epoch)
+        first = batch * self.config.batch_size
+        return [self.train_windows.stride * index for index in islice(order, first, first + self.config.batch_size)]
 
     def summary(self) -> dict[str, str]:
         """Windows, batches and tokens of each split, for the start card."""

@@ -12,13 +12,26 @@ class RunConfig:
 
     seed: int = 123
     name: str = "gpt2"
+    resume: str | None = None
     ckpt_path: str | None = None
     weights: str | None = None
+    finite_guard: str = "stop"
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        found = []
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed} cannot be negative: seed=123")
+            found.append(f"seed={self.seed} cannot be negative: seed=123")
+        if self.finite_guard not in ("stop", "rollback"):
+            found.append(f"finite_guard={self.finite_guard} is neither stop nor rollback: finite_guard=stop")
+        for key in ("ckpt_path", "weights"):
+            if (path := getattr(self, key)) and "://" in path:
+                found.append(f"{key}={path} is an address, not a file: fetch it, then {key}=<the file>")
+        given = [key for key in ("resume", "ckpt_path", "weights") if getattr(self, key)]
+        if len(given) > 1:
+            found.append(f"{' and '.join(given)} exclude each other: {given[1]}=null")
+        if found:
+            raise ValueError("\n".join(found))
 
 
 @dataclass(frozen=True)
@@ -53,15 +66,19 @@ class OptimizerConfig:
 class ScheduleConfig:
     """``warmup_cosine``: linear from ``initial_lr`` to the optimizer's learning rate, then a half cosine to ``min_lr``
     (Loshchilov & Hutter 2017). ``warmup_steps`` below 1 is a share of the run, ``min_lr=None`` a tenth of the peak.
-    ``constant`` has no further numbers."""
+    ``on_resume`` says what becomes of the curve of a run that is extended: ``keep`` it (and stay at its end) or
+    ``stretch`` it over the new length. ``constant`` has no further numbers."""
 
     name: str = "constant"
     warmup_steps: float = 0.2
     initial_lr: float = 0.0
     min_lr: float | None = None
+    on_resume: str | None = None
 
     def __post_init__(self) -> None:
         found = []
+        if self.on_resume not in (None, "keep", "stretch"):
+            found.append(f"schedule.on_resume={self.on_resume} is neither keep nor stretch: schedule.on_resume=stretch")
         if self.name not in ("warmup_cosine", "constant"):
             found.append(f"schedule.name={self.name} does not exist: schedule=warmup_cosine or schedule=constant")
         if self.warmup_steps < 0 or (self.warmup_steps > 1 and self.warmup_steps % 1):

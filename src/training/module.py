@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
+from src.training.finite_guard import StepSoFar, stop
 from src.training.optim import build_adamw, learning_rate_at, parameter_groups
+from src.training.position import fixed_values, restore_position, write_position
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
@@ -55,8 +57,10 @@ class PretrainingModule(LightningModule):
         self.net = GPT(GPTConfig(**plain["model"]))
         self.tokens_seen = 0
         self.steps_made = 0  # by this process
+        self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
+        self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
         self._eval_batches: dict[str, list[tuple[Tensor, int]]] = {}  # split -> (sum of losses, tokens) per batch
-        self._micro_losses: list[Tensor] = []
+        self._step = StepSoFar()
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
@@ -69,33 +73,39 @@ class PretrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_adamw(self.net, self.optimizer_config)
-        total, peak, schedule = self.trainer.estimated_stepping_batches, optimizer.defaults["lr"], self.schedule_config
+        if self.schedule_steps is None:
+            self.schedule_steps = self.trainer.estimated_stepping_batches
+        total, peak, schedule = self.schedule_steps, optimizer.defaults["lr"], self.schedule_config
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, total, peak, schedule) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        # Bounded by max_steps, Lightning takes a finished epoch of a checkpoint for one to go on with.
-        epoch = self.trainer.fit_loop.epoch_progress.current
-        if epoch.ready == epoch.processed:
-            self.trainer.fit_loop.epoch_loop.restarting = False
+        restore_position(self.trainer)
         # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         config, peak = self.optimizer_config, self.optimizer_config.learning_rate
-        total = self.trainer.estimated_stepping_batches
+        total = self.schedule_steps
         scheduler.base_lrs = [peak] * len(optimizer.param_groups)
         for group, fresh in zip(optimizer.param_groups, parameter_groups(self.net, config), strict=True):
             group |= {"weight_decay": fresh["weight_decay"], "betas": tuple(config.betas), "eps": config.eps}
             group |= {"initial_lr": peak, "lr": learning_rate_at(self.global_step, total, peak, self.schedule_config)}
 
+    @property
+    def _batch(self) -> int:
+        """The current batch, counted from the run's first."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, micro-batch, rank): whatever else draws random numbers cannot change it.
-        position = [self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank]
+        position = [self.seed, self._batch, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        if self._batch in self.skipped_batches:
+            return None
         inputs, targets = batch
         loss = next_token_loss(self.net(inputs), targets)
-        self._micro_losses.append(loss.detach())
+        self._step.add(self._batch, inputs, loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
         return loss
 
@@ -111,17 +121,20 @@ class PretrainingModule(LightningModule):
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        losses = torch.stack(self._step.losses) if self._step.losses else norm.new_zeros(1)
+        finite = losses.isfinite().all()
+        if scaler is None:  # which leaves such a step out by itself, and lowers its scale
+            finite &= norm.isfinite()
+        if not finite:
+            stop(self.trainer, self._step, norm.item(), optimizer.param_groups[0]["lr"])
         if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("value"):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        self._log_step(optimizer, norm)
-
-    def _log_step(self, optimizer: Optimizer, norm: Tensor) -> None:
         self.steps_made += 1
-        loss = torch.stack(self._micro_losses).mean()
-        self._micro_losses.clear()
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        if self._step.losses:  # not all skipped
+            self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
+        self._step = StepSoFar()
         metrics = {
             "step": self.global_step + 1,
             "epoch": self.epochs_seen,
@@ -160,7 +173,12 @@ class PretrainingModule(LightningModule):
         return torch.as_tensor(value, dtype=dtype, device=self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        write_position(self.trainer, checkpoint)
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["schedule_steps"] = self.schedule_steps
+        checkpoint["skipped_batches"] = sorted(self.skipped_batches)
+        checkpoint["fixed_values"] = fixed_values(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self.skipped_batches |= set(checkpoint.get("skipped_batches", []))

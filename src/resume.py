@@ -1,0 +1,153 @@
+"""Continuing a run: which one, with which overrides, and whether what is asked for can be its continuation."""
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.record import read_record
+from src.training.config import ScheduleConfig
+from src.training.interruption import Interrupted
+
+log = logging.getLogger(__name__)
+
+FREE = ("drop_rate", "init")  # of the model: what a continued run may change
+
+
+def resumed_overrides(overrides: list[str]) -> list[str]:
+    """``overrides`` as given, or, with ``resume=<run folder>|latest`` among them, those of that run and theirs on top.
+
+    A job that SLURM has put back into the queue resumes the run that it had begun.
+
+    Raises:
+        ValueError: no such run, or one whose overrides name code to execute.
+    """
+    given = [override for override in overrides if override.startswith("resume=")]
+    asked = given[-1].removeprefix("resume=").strip("'\"") if given else _requeued()
+    if asked in (None, "", "null"):
+        return overrides
+    if {"-m", "--multirun"} & set(overrides):
+        raise ValueError(f"resume={asked} continues one run, not a sweep: leave -m away")
+    folder = _latest() if asked == "latest" else Path(asked)
+    record = read_record(folder)
+    if not record:
+        raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
+    saved = record.get("overrides")
+    if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
+        raise ValueError(f"resume={folder}: its run.json is damaged: ckpt_path={folder}/checkpoints/last.ckpt")
+    new = [override for override in overrides if override not in given]
+    named = {_key(override) for override in new} | {"resume", "ckpt_path", "weights"}
+    saved = [override for override in saved if _key(override) not in named]
+    for override in saved:  # a stranger's run folder is data; only the command line names code
+        if "_target_" in override or _key(override).startswith("hydra"):
+            raise ValueError(f"resume={folder} would execute {override}: give that override again if you trust it")
+    attempts = len(record.get("resumed_at", [])) + 1
+    places = [f"hydra.run.dir={_quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
+    return [*saved, *new, f"resume={_quoted(folder)}", *places]
+
+
+def command_to_resume(folder: Path) -> str:
+    return shlex.join(["python", "-m", "src.train", f"resume={folder}"])
+
+
+def different_model(cfg: DictConfig, model: dict[str, Any], path: Path) -> list[str]:
+    """How the model asked for differs from the one of the checkpoint at ``path``, a line each."""
+    return [
+        f"model.{key}={cfg.model[key]} differs from {value} in {path}: model.{key}={value}"
+        for key, value in model.items()
+        if key not in FREE and cfg.model[key] != value
+    ]
+
+
+def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
+    """How the data or the geometry of the batches differs from that of the checkpoint at ``path``, a line each."""
+    found = []
+    defaults = {"data.stride": cfg.data.context_length, "trainer.limit_train_batches": 1.0}
+    for key, value in checkpoint.get("fixed_values", {}).items():
+        if key in ("tokenizer", "data_sha256"):  # known once the text is read
+            continue
+        asked = OmegaConf.select(cfg, key)
+        asked = defaults.get(key) if asked is None else asked
+        if asked != value:
+            found.append(
+                f"{key}={asked} differs from {value} in {path}: {key}={value}, or weights={path} for a new run"
+            )
+    return found
+
+
+def check_text(checkpoint: dict[str, Any], path: Path, now: dict[str, Any]) -> None:
+    """Whether the text and the tokenizer are those of the checkpoint at ``path``; otherwise a ValueError."""
+    before = checkpoint.get("fixed_values", {})
+    for key, what in ("data_sha256", "text"), ("tokenizer", "tokenizer"):
+        if before.get(key, now[key]) != now[key]:
+            raise ValueError(
+                f"data.path: the {what} is not the one that {path} was trained on ({key} {now[key][:12]}, was "
+                f"{before[key][:12]}): data.path=<that text>, or weights={path} for a new run on this one"
+            )
+
+
+def steps_of_schedule(cfg: DictConfig, checkpoint: dict[str, Any], steps: float) -> float:
+    """The optimizer steps that the learning rate's curve is laid out over, in a run that makes ``steps`` in all.
+
+    Raises:
+        ValueError: a continued run has another length, and ``schedule.on_resume`` does not say what becomes of the curve.
+    """
+    before = checkpoint.get("schedule_steps", steps)
+    if cfg.schedule.name == "constant" or before == steps or cfg.schedule.on_resume == "stretch":
+        return steps
+    if cfg.schedule.on_resume == "keep":
+        return before
+    from src.training.optim import learning_rate_at
+
+    config, peak, at = ScheduleConfig(**cfg.schedule), cfg.optimizer.learning_rate, checkpoint["global_step"]
+    kept, last, stretched = (
+        f"{learning_rate_at(step, total, peak, config):.2e}"
+        for step, total in ((at, before), (before, before), (at, steps))
+    )
+    raise ValueError(
+        f"the learning rate was laid out over {before:,} steps, the run is to make {steps:,}: schedule.on_resume=keep "
+        f"(it goes on at {kept} and stays at {last} from step {before:,}) or schedule.on_resume=stretch (it goes on at "
+        f"{stretched}, on a curve of {steps:,} steps)"
+    )
+
+
+def requeue(interrupted: Interrupted) -> None:
+    """Put a SLURM job back into the queue whose time is almost up; it resumes by itself."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or interrupted.signal != getattr(signal, "SIGUSR1", None):
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    log.info("SLURM job %s: %s", job, "back in the queue" if done.returncode == 0 else done.stderr.strip())
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~").split("@")[0]
+
+
+def _quoted(folder: Path) -> str:
+    return "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _runs() -> list[Path]:
+    records = [*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")]
+    return [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime)]
+
+
+def _latest() -> Path:
+    for folder in reversed(_runs()):
+        if read_record(folder).get("status") in ("running", "interrupted", "failed", "completed"):
+            return folder
+    raise ValueError(f"resume=latest: there is no run in {Path.cwd() / 'outputs'}: resume=<run folder>")
+
+
+def _requeued() -> str | None:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    found = [folder for folder in _runs() if read_record(folder).get("slurm_job") == job]
+    return str(found[-1]) if found else None

@@ -1,0 +1,68 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1")  # SLURM sends SIGUSR1 before the time is up
+    if hasattr(signal, name)
+]
+
+
+class Interrupted(SystemExit):
+    """A run was asked to stop; its exit status is 128 and the signal's number, as a shell reports it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signal = signal.Signals(signum)
+
+
+class Interruption:
+    """While this context lasts, the first SIGTERM, SIGINT or SIGUSR1 raises :class:`Interrupted`.
+
+    Where ``deferred`` is true it is only noted, for :meth:`check` to raise once everything is saved. Later signals do
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self.deferred = False
+        self._before: dict[int, Any] = {}
+        self._process = os.getpid()
+
+    def __enter__(self) -> "Interruption":
+        self.install()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def install(self) -> None:
+        """Listen; again, where another library has taken the signals over."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                before = signal.signal(signum, self._handle)
+                self._before.setdefault(signum, before)
+
+    def check(self) -> None:
+        """Raise what was noted."""
+        if self.requested is not None:
+            raise Interrupted(self.requested)
+
+    def _handle(self, signum: int, _: Any) -> None:
+        if os.getpid() != self._process:  # in a data worker, which inherits this
+            if signum != signal.SIGINT:  # a terminal sends it to all; the run stops its workers in order
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
+        if self.requested is not None:
+            return
+        self.requested = signal.Signals(signum)
+        if self.deferred:
+            os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())  # safe in a handler
+        else:
+            raise Interrupted(signum)

@@ -1,0 +1,48 @@
+"""Where a run stands, written into a checkpoint so that Lightning goes on exactly there."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def write_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put the loops' counters in ``checkpoint`` into one of the three forms that Lightning continues exactly.
+
+    Lightning's own depend on the hook that saves: between two batches it has counted the second one already, and after
+    an epoch that was cut short it takes that epoch for finished.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    done = batch["current"]["processed"]
+    epoch_over = done >= trainer.num_training_batches
+    if epoch_over and epoch["current"]["processed"] < epoch["current"]["ready"]:
+        return  # in the validation behind an epoch's last batch
+    if epoch_over or not done:  # between two epochs
+        for count in epoch["total"], epoch["current"]:
+            count |= dict.fromkeys(("ready", "started", "completed"), count["processed"])
+        return
+    for count in epoch["total"], epoch["current"]:  # behind a batch within an epoch
+        before = count["ready"] - 1
+        count |= {"started": count["ready"], "processed": before, "completed": before}
+    for count in batch["total"], batch["current"]:
+        processed = count["processed"]
+        count |= {"ready": processed, "started": processed, "completed": processed - 1}
+    batch["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
+
+
+def restore_position(trainer: Trainer) -> None:
+    """Before the first batch of a continued run: a finished epoch is finished, also where ``max_steps`` bounds it."""
+    epoch = trainer.fit_loop.epoch_progress.current
+    if epoch.ready == epoch.processed:
+        trainer.fit_loop.epoch_loop.restarting = False
+
+
+def fixed_values(trainer: Trainer) -> dict[str, Any]:
+    """What a continued run cannot change without losing its meaning, by the names of the overrides."""
+    return {
+        **trainer.datamodule.fixed_values(),
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.limit_train_batches": trainer.limit_train_batches,
+        "trainer.overfit_batches": trainer.overfit_batches,
+    }
