@@ -95,7 +95,7 @@ def steps_of_schedule(cfg: DictConfig, checkpoint: dict[str, Any], steps: float)
     """The optimizer steps that the learning rate's curve is laid out over, in a run that makes ``steps`` in all.
 
     Raises:
-        ValueError: a continued run has another length, and ``schedule.on_resume`` does not say what becomes of the curve.
+        ValueError: a continued run has another length, and ``schedule.on_resume`` does not say what that means.
     """
     before = checkpoint.get("schedule_steps", steps)
     if cfg.schedule.name == "constant" or before == steps or cfg.schedule.on_resume == "stretch":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 RANK_TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 RANK_TABLE_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
+BREAK = re.compile(r"(?<=\S)[ \n](?=\S)")
 
 
 @functools.cache
@@ -54,6 +57,38 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         tokens = tokenizer.encode_to_numpy(whole, allowed_special=allowed, disallowed_special=())
     return tokens.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+
+
+def encode_pieces(
+    pieces: Iterable[str], tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse"
+) -> Iterator[np.ndarray]:
+    """Token ids of one text that comes in ``pieces``: end to end, those that :func:`encode` gives for the whole.
+
+    A piece is held back from its last space or line break between two other characters on, where GPT-2's pattern always
+    starts anew. A text without any is held as a whole.
+    """
+    rest = ""
+    for piece in pieces:
+        searched = max(len(rest) - 1, 0)
+        rest += piece
+        if cut := _last_break(rest, searched):
+            yield encode(rest[:cut], tokenizer, special_tokens)
+            rest = rest[cut:]
+    if rest:
+        yield encode(rest, tokenizer, special_tokens)
+
+
+def _last_break(text: str, searched: int) -> int:
+    for first in max(len(text) - 1000, searched), searched:
+        if found := [match.start() for match in BREAK.finditer(text, first)]:
+            return found[-1]
+    return 0
+
+
+def fingerprint(tokenizer: tiktoken.Encoding) -> str:
+    """A hash of everything that decides how ``tokenizer`` encodes."""
+    parts = [tokenizer._pat_str, sorted(tokenizer._mergeable_ranks.items()), sorted(tokenizer._special_tokens.items())]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> Tensor:

@@ -308,7 +308,7 @@ def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 2 * checkpoint_bytes:  # the one that is kept, and the next one beside it
         raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free, and two checkpoints take {2 * checkpoint_bytes / 1e9:.1f} GB: free "
+            f"{folder} has {free / 1e9:.1f} GB free, two checkpoints take {2 * checkpoint_bytes / 1e9:.1f} GB: free "
             f"some, hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
         )
 

@@ -76,8 +76,8 @@ def verify(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
 
 
 def first_difference(whole: Path, cut: Path) -> str | None:
-    """Where two run folders differ first: in a step's metrics (but for speed), in the final losses, weights or optimizer
-    state, or in the text samples; None where they are bit-identical."""
+    """Where two run folders differ first, None where they are bit-identical: in a step's metrics (but for speed), in
+    the final losses, in weights or optimizer state of the checkpoints, in the text samples."""
     import torch
 
     rows, others = (_rows(run / "metrics.csv") for run in (whole, cut))

@@ -1,22 +1,23 @@
 """An interrupted run, resumed, is bit-identical to one that was not; what could not be its continuation is refused."""
 
-import csv
-import itertools
 import json
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
-import torch
-from conftest import FAST, column
+from conftest import column
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import cli
 from src.record import read_record
 from src.resume import resumed_overrides
-from src.train import find_problems
+from src.training.checkpoint import read_checkpoint
+from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
+from src.training.optim import learning_rate_at
 from src.verify_resume import first_difference
 
 WATCHED = ("callbacks.text_samples.max_new_tokens=3", "~callbacks.loss_plot", "eval.batches=2")
@@ -59,3 +60,251 @@ def test_interrupted_at_any_step(tiny_run, at_batch, setting, trials):
         shutil.rmtree(folder)
     trials.passed("interrupted at random steps: dropout, shuffling, accumulation, workers, evaluation, samples",
                   len(moments), "bit-identical")  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_every_signal_saves_within_one_step(tiny_run, at_batch, number, tmp_path):
+    at_batch(5, interrupt(number))
+    with pytest.raises(Interrupted) as interrupted:
+        tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
+    assert interrupted.value.code == 128 + number
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
+    record = read_record(tmp_path / "run")
+    assert (record["status"], record["optimizer_steps"], record["error"]) == (
+        "interrupted",
+        6,
+        interrupted.value.signal.name,
+    )
+
+
+def test_a_second_signal_does_no_harm(tiny_run, at_batch, tmp_path):
+    at_batch(
+        5, lambda module: [signal.raise_signal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)]
+    )
+    with pytest.raises(Interrupted) as interrupted:
+        tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
+    assert interrupted.value.code == 143
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("place", ["src.data.datamodule.split_tokens", "src.training.checkpoint.torch.load",
+                                   "src.callbacks.text_samples.generate"])  # fmt: skip
+def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, monkeypatch, place):
+    common = (*WATCHED, "data.batch_size=4", "trainer.max_epochs=2")
+    whole = tiny_run(*common)
+    folder = tmp_path / "cut"
+    tiny_run(*common, "trainer.max_epochs=1", "trainer.limit_val_batches=0", folder=tmp_path / "other")
+    with monkeypatch.context() as patch:
+        if place.endswith("torch.load"):
+            patch.setattr("src.callbacks.text_samples.generate", lambda *_: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises((Interrupted, TypeError)):
+                tiny_run(*common, folder=folder)
+        patch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises((Interrupted, TypeError)):
+            tiny_run(*common, **{"resume" if folder.exists() else "folder": folder})
+    tiny_run(*common, resume=folder)
+    assert first_difference(whole.folder, folder) is None
+
+
+def test_tensorboard_curve_without_overlap(tiny_run, at_batch, tmp_path):
+    common = ("data.batch_size=4", "eval.every_steps=3", "callbacks=none", "checkpoint.every_steps=5")
+    common += ("eval.batches=1", "eval.full_batches=1")
+
+    def die(module):
+        raise RuntimeError("killed")
+
+    at_batch(9, die)  # logged up to step 9, saved at step 5
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny_run(*common, folder=tmp_path / "run")
+    tiny_run(*common, resume=tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("val/loss")] == [0, 3, 6, 9, 12]
+
+
+def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs" / "gpt2" / "a run, with 'odd' name"
+    run = tiny_run("callbacks=none", "trainer.max_steps=2", folder=folder)
+    record = read_record(run.folder) | {"overrides": ["model=gpt2_tiny", "data.path='a b'", "ckpt_path=x", "seed=4"]}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    for asked in str(folder), "latest":
+        arguments = resumed_overrides(["seed=5", f"resume={asked}"])
+        assert arguments[:3] == ["model=gpt2_tiny", "data.path='a b'", "seed=5"]
+        cfg = cli.compose("train", arguments[:-2])
+        assert (Path(cfg.resume).name, cfg.seed, cfg.data.path) == (folder.name, 5, "a b")
+    assert resumed_overrides(["seed=5", "resume=null"]) == ["seed=5", "resume=null"]
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert resumed_overrides(["seed=5"]) == ["seed=5"]
+    (run.folder / "run.json").write_text(json.dumps(record | {"slurm_job": "77"}))
+    assert "resume=" in resumed_overrides(["seed=5"])[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "record", "message"),
+    [
+        (["resume=latest"], None, "resume=latest: there is no run in .*: resume=<run folder>"),
+        (["resume=nowhere"], None, "resume=nowhere is no run folder .*: resume=latest"),
+        (["-m", "resume=outputs/a/b"], {"overrides": []}, "continues one run, not a sweep: leave -m away"),
+        (["resume=outputs/a/b"], {"overrides": "no list"}, "run.json is damaged: ckpt_path="),
+        (["resume=outputs/a/b"], {"overrides": ["+x._target_=os.system"]}, "would execute .*again if you trust"),
+        (["resume=latest"], {"overrides": ["+callbacks.x={_target_:os.system,command:ls}"]}, "would execute"),
+        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would execute"),
+    ],
+)  # fmt: skip
+def test_nothing_to_resume_or_not_to_be_trusted(tmp_path, monkeypatch, arguments, record, message):
+    monkeypatch.chdir(tmp_path)
+    if record:
+        (tmp_path / "outputs" / "a" / "b").mkdir(parents=True)
+        (tmp_path / "outputs" / "a" / "b" / "run.json").write_text(json.dumps({"status": "interrupted", **record}))
+    with pytest.raises(ValueError, match=message) as error:
+        resumed_overrides(arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def cut(tiny_run, at_batch, tmp_path):
+    """A run interrupted at step 6 of 12."""
+    at_batch(5, interrupt())
+    with pytest.raises(Interrupted):
+        tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "cut")
+    return tmp_path / "cut"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.n_layers=3", "model.emb_dim=48", "model.tie_weights=true", "data.batch_size=2", "data.stride=8", "seed=7",
+     "data.train_ratio=0.8", "data.shuffle=false", "data.special_tokens=text", "model.context_length=32",
+     "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3", "trainer.overfit_batches=1"],
+)  # fmt: skip
+def test_what_would_be_meaningless_is_refused_with_the_difference(tiny_run, cut, change):
+    before = (cut / "run.json").read_text(), (cut / "metrics.csv").read_text()
+    with pytest.raises(ValueError, match="differs from") as error:
+        tiny_run("callbacks=none", "data.batch_size=4", change, resume=cut)
+    key, value = change.split("=")
+    (line,) = [
+        line
+        for line in str(error.value).splitlines()
+        if line.startswith(f"{key}={value.title() if value in ('true', 'false') else value} differs from ")
+    ]
+    assert f": {key}=" in line
+    assert before == ((cut / "run.json").read_text(), (cut / "metrics.csv").read_text())
+
+
+def test_another_text_is_refused(tiny_run, cut, text):
+    text.write_text(text.read_text().replace("ferry", "merry"))
+    with pytest.raises(
+        ValueError, match=r"data\.path: the text is not the one that .*last\.ckpt was trained on .*: data\.path=<"
+    ):
+        tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
+    assert read_record(cut)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.num_workers=1", "eval.every_steps=2", "trainer.log_every_n_steps=2", "optimizer.learning_rate=1e-5",
+     "checkpoint.every_steps=1", "callbacks=default", "trainer.precision=bf16-mixed", "model.drop_rate=0.2"],
+)  # fmt: skip
+def test_harmless_changes_pass(tiny_run, cut, change):
+    run = tiny_run("callbacks=none", "data.batch_size=4", change, resume=cut)
+    assert run.record["status"] == "completed"
+    assert run.record["optimizer_steps"] == 12
+    assert run.record["resumed_at"] == [6]
+
+
+def test_extending_a_run_asks_what_becomes_of_the_learning_rate(tiny_run, cut):
+    common = ("callbacks=none", "data.batch_size=4", "trainer.max_epochs=2", "optimizer.learning_rate=1e-3")
+    with pytest.raises(
+        ValueError,
+        match=r"schedule\.on_resume=keep .*6\.89e-04 .*1\.00e-04 from step 12.*schedule\.on_resume=stretch",
+    ) as error:
+        tiny_run(*common, resume=cut)
+    assert "\n" not in str(error.value)
+    kept = shutil.copytree(cut, cut.with_name("kept"))
+    rates = column(tiny_run(*common, "schedule.on_resume=keep", resume=kept), "lr")
+    assert rates[6:12] == pytest.approx(
+        [learning_rate_at(step, 12, 1e-3, ScheduleConfig("warmup_cosine")) for step in range(6, 12)]
+    )
+    assert rates[12:] == pytest.approx([1e-4] * 12)
+    rates = column(tiny_run(*common, "schedule.on_resume=stretch", resume=cut), "lr")
+    assert rates[6:] == pytest.approx(
+        [learning_rate_at(step, 24, 1e-3, ScheduleConfig("warmup_cosine")) for step in range(6, 24)]
+    )
+
+
+def test_a_complete_run_has_nothing_left_to_do(tiny_run, tmp_path):
+    run = tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
+    before = (run.folder / "run.json").read_text()
+    with pytest.raises(ValueError, match=r"at step 12 of 12, there is nothing left to do: trainer\.max_epochs=<more>"):
+        tiny_run("callbacks=none", "data.batch_size=4", resume=run.folder)
+    assert (run.folder / "run.json").read_text() == before
+
+
+def test_interrupted_in_the_last_evaluation(tiny_run, tmp_path, monkeypatch):
+    """Trained to its end and saved; what is left to do is done."""
+    common = ("callbacks=none", "data.batch_size=4", "eval.batches=1", "eval.full_batches=3")
+    whole = tiny_run(*common)
+    from lightning.pytorch import Trainer
+
+    fit = Trainer.fit
+
+    def then_stop(self, *args, **kwargs):
+        fit(self, *args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", then_stop)
+        with pytest.raises(Interrupted):
+            tiny_run(*common, folder=tmp_path / "cut")
+    run = tiny_run(*common, resume=tmp_path / "cut")
+    assert run.record["status"] == "completed"
+    assert first_difference(whole.folder, run.folder) is None
+
+
+def test_damaged_checkpoint_falls_back_and_still_arrives_at_the_same(tiny_run, at_batch, tmp_path, caplog):
+    common = ("callbacks=none", "data.batch_size=4", "checkpoint.every_steps=2")
+    whole = tiny_run(*common)
+    folder = tmp_path / "cut"
+    at_batch(7, interrupt())
+    with pytest.raises(Interrupted):
+        tiny_run(*common, folder=folder)
+    last = folder / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 4
+    last.write_bytes(content)
+    run = tiny_run(*common, resume=folder)
+    assert "last.ckpt is damaged, its content does not match its SHA-256" in caplog.text
+    assert run.record["resumed_at"] == [6]
+    assert first_difference(whole.folder, folder) is None
+    for path in folder.glob("checkpoints/*"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="has no checkpoint that can be read"):
+        tiny_run(*common, resume=folder)
+
+
+def test_moved_folder_keeps_its_best(tiny_run, at_batch, tmp_path):
+    common = (
+        "callbacks=none",
+        "trainer.max_steps=12",
+        "eval.every_steps=2",
+        "optimizer.learning_rate=3.0",
+    )  # overshoots
+    whole = tiny_run(*common)
+    at_batch(7, interrupt())
+    with pytest.raises(Interrupted):
+        tiny_run(*common, folder=tmp_path / "cut")
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    tiny_run(*common, resume=tmp_path / "moved")
+    assert first_difference(whole.folder, tmp_path / "moved") is None
+    assert read_checkpoint(tmp_path / "moved" / "checkpoints" / "best.ckpt")["global_step"] < 8
+
+
+def test_two_processes_cannot_share_a_folder(tiny_run, cut):
+    with FileLock(cut / ".lock"), pytest.raises(ValueError, match="is in use by another process: stop that"):
+        tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
+    with pytest.raises(
+        ValueError, match=r"already holds a run \(run.json, metrics.csv, checkpoints, tensorboard\): resume="
+    ):
+        tiny_run("callbacks=none", folder=cut)

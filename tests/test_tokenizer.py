@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from src.tokenizer import (
     RANK_TABLE,
     encode,
+    encode_pieces,
     gpt2_tokenizer,
     text_to_token_ids,
     token_byte_counts,
@@ -79,3 +80,18 @@ def test_byte_counts_add_up_to_the_text(letters):
     assert counts[50256] == 0
     assert token_byte_counts(letters).tolist() == [1] * 256 + [0]
     assert token_bytes(345) == b" you"
+
+
+ODD = st.text(
+    st.one_of(
+        st.sampled_from(" \n\t\r'sdmtlve.1a\u00a0\u2003\x1c\x85<|endoftext|>"), st.characters(exclude_categories=["Cs"])
+    )
+)
+
+
+@given(st.lists(ODD), st.sampled_from(["parse", "text"]))
+def test_pieces_of_a_text_give_the_tokens_of_the_whole(pieces, special_tokens):
+    for parts in pieces, [part for piece in pieces for part in (piece, "<|endof", "text|> ")]:
+        whole = encode("".join(parts), special_tokens=special_tokens)
+        tokens = encode_pieces(parts, special_tokens=special_tokens)
+        assert [token for part in tokens for token in part] == whole.tolist()

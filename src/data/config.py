@@ -10,7 +10,10 @@ class DataConfig:
     context_length: int = 256
     path: str | None = None
     url: str | None = None
+    mirrors: list[str] | None = None
     sha256: str | None = None
+    size: int | None = None
+    cache_dir: str | None = None
     batch_size: int = 2
     stride: int | None = None
     train_ratio: float = 0.9

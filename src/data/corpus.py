@@ -1,33 +1,66 @@
-"""Raw text in: documents from a file, a folder, a glob pattern, a pinned download or the packaged story."""
+"""Raw text in: documents from a file, a folder, a glob pattern, a pinned download or the packaged story.
 
+Text is never held as a whole: it is read, checked and hashed block by block, so its size does not matter.
+"""
+
+import codecs
 import glob
 import hashlib
-import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tiktoken
-
-from src.tokenizer import encode
-
-log = logging.getLogger(__name__)
+from src.data.download import fetch
 
 STORY = Path(__file__).parents[1] / "assets" / "story.txt"
-CACHE_NAME = "gpt2-lightning"
+BLOCK = 2**20  # bytes read at a time
+OTHER_FORMATS = {
+    b"\x1f\x8b": "gzip: unpack it with gunzip",
+    b"PK\x03\x04": "a zip archive: unpack it with unzip",
+    b"\x28\xb5\x2f\xfd": "zstandard: unpack it with unzstd",
+    b"BZh": "bzip2: unpack it with bunzip2",
+    b"\xff\xfe": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts in reading order, where they came from, and the SHA-256 of their bytes."""
+    """Files of text in reading order, a document each, with their numbers of characters.
 
-    documents: list[str]
+    ``sha256`` is that of the file's bytes; of several files, that of the list of theirs.
+    """
+
+    files: list[Path]
+    characters: list[int]
     source: str
     sha256: str
 
+    def pieces(self, first: int, last: int) -> Iterator[tuple[int, str]]:
+        """The characters ``first`` to ``last`` of all documents end to end, in pieces, with the documents' numbers."""
+        at = 0
+        for number, (file, characters) in enumerate(zip(self.files, self.characters, strict=True)):
+            if at + characters <= first or at >= last:
+                at += characters
+                continue
+            for text in _decoded(file):
+                if piece := text[max(first - at, 0) : max(last - at, 0)]:
+                    yield number, piece
+                at += len(text)
 
-def read_corpus(path: str | None = None, url: str | None = None, sha256: str | None = None) -> Corpus:
-    """Read the documents at ``path``; without one, those at ``url`` (fetched once); with neither, the packaged story.
+    def cut(self, train_ratio: float) -> int:
+        """The number of characters that train; those behind them validate."""
+        return int(train_ratio * sum(self.characters))
+
+
+def read_corpus(
+    path: str | None = None,
+    url: str | None = None,
+    sha256: str | None = None,
+    mirrors: list[str] | None = None,
+    size: int | None = None,
+) -> Corpus:
+    """Look through the documents at ``path``; without one, those at ``url`` (fetched once); else the packaged story.
 
     Every file is one document of UTF-8 text, kept to the byte but for a leading byte-order mark. A folder is read
     recursively, ``*.txt`` only; files are read in the order of their names.
@@ -36,88 +69,74 @@ def read_corpus(path: str | None = None, url: str | None = None, sha256: str | N
         ValueError: nothing there, no text in it, or text that is not UTF-8.
     """
     if path is None and url is not None:
-        files = [_download(url, sha256)]
+        files = [fetch([url, *(mirrors or [])], sha256, size)]
     else:
         files = [STORY] if path is None else _find_files(path)
     source = path or url or "the packaged story"
-    digest = hashlib.sha256()
-    documents = []
+    characters, digests, blank = [], [], True
     for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"data.path: cannot read {file} ({error.strerror}): data.path=<a readable file>") from None
-        digest.update(content)
-        try:
-            text = content.decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"data.path: {file} is not UTF-8, see byte {error.start}: convert it, for instance with "
-                f"iconv -t UTF-8, then data.path=<the converted file>"
-            ) from None
-        if text:
-            documents.append(text)
-    if not any(text.strip() for text in documents):
-        what = "is empty" if not any(documents) else "holds nothing but white space"
+        digest, count = hashlib.sha256(), 0
+        for text in _decoded(file, digest):
+            count += len(text)
+            blank = blank and not text.strip()
+        characters.append(count)
+        digests.append(digest.hexdigest())
+    if blank:
+        what = "holds nothing but white space" if any(characters) else "is empty"
         raise ValueError(f"data.path={source} {what}: data.path=<a file, folder or glob pattern with text>")
-    if path is not None and sha256 is not None and digest.hexdigest() != sha256:
-        log.warning("data.path=%s is not the text that %s offers (its SHA-256 differs)", path, url)
-    return Corpus(documents, source, digest.hexdigest())
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Corpus(files, characters, source, whole)
 
 
-def split_documents(documents: list[str], train_ratio: float) -> tuple[list[str], list[str]]:
-    """Cut after ``int(train_ratio * characters)`` characters: what lies before trains, what follows validates."""
-    left = int(train_ratio * sum(map(len, documents)))
-    train, val = [], []
-    for text in documents:
-        train.append(text[:left])
-        val.append(text[left:])
-        left = max(left - len(text), 0)
-    return [text for text in train if text], [text for text in val if text]
+def _decoded(file: Path, digest=None) -> Iterator[str]:
+    """The text of ``file`` in blocks, without a byte-order mark; ``digest`` sees its bytes."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with file.open("rb") as stream:
+            while True:
+                block = stream.read(BLOCK)
+                if digest is not None:
+                    digest.update(block)
+                pending = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    raise ValueError(_not_utf8(file, offset - pending + error.start)) from None
+                yield text.removeprefix("\ufeff") if offset == 0 else text
+                offset += len(block)
+                if not block:
+                    return
+    except OSError as error:
+        raise ValueError(f"data.path: cannot read {file} ({error.strerror}): data.path=<a readable file>") from None
 
 
-def tokenise(documents: list[str], tokenizer: tiktoken.Encoding, special_tokens: str = "parse") -> np.ndarray:
-    """All documents as one array of token ids, ``(N,)``, with an end-of-text token between each two."""
-    parts = []
-    for text in documents:
-        if parts:
-            parts.append(np.array([tokenizer.eot_token], dtype=parts[0].dtype))
-        parts.append(encode(text, tokenizer, special_tokens))
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
+def _not_utf8(file: Path, byte: int) -> str:
+    with file.open("rb") as stream:
+        beginning = stream.read(8)
+    for magic, format_and_cure in OTHER_FORMATS.items():
+        if beginning.startswith(magic):
+            return f"data.path: {file} is {format_and_cure}, then data.path=<the result>"
+    return (
+        f"data.path: {file} is not UTF-8, see byte {byte}: convert it, for instance with iconv -t UTF-8, then "
+        f"data.path=<the converted file>"
+    )
 
 
 def _find_files(path: str) -> list[Path]:
     place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*.txt") if file.is_file())
-        if not files:
-            raise ValueError(f"data.path={path} is a folder without a .txt file: data.path='{path}/**/*.<ending>'")
-        return files
-    if place.exists():
-        return [place]
+    try:
+        if place.is_dir():
+            files = sorted(file for file in place.rglob("*.txt") if file.is_file())
+            if not files:
+                raise ValueError(f"data.path={path} is a folder without a .txt file: data.path='{path}/**/*.<ending>'")
+            return files
+        if place.exists():
+            if not place.is_file():
+                raise ValueError(f"data.path={path} is a device or a pipe: data.path=<a file, folder or glob>")
+            return [place]
+    except OSError as error:
+        raise ValueError(f"data.path={path} cannot be read ({error.strerror}): data.path=<a readable file>") from None
     files = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file())
     if not files:
         raise ValueError(f"data.path={path} does not exist (seen from {Path.cwd()}): data.path=<file, folder or glob>")
     return files
-
-
-def _download(url: str, sha256: str | None) -> Path:
-    import pooch  # only a first use of data=the_verdict needs it
-
-    if not url.startswith("https://"):
-        raise ValueError(f"data.url={url} is not https: data.path=<a copy on this machine>")
-    fetcher = pooch.create(
-        pooch.os_cache(CACHE_NAME),
-        base_url="",
-        registry={Path(url).name: sha256},
-        urls={Path(url).name: url},
-        retry_if_failed=2,
-    )
-    pooch.get_logger().setLevel(logging.WARNING)
-    try:
-        return Path(fetcher.fetch(Path(url).name, downloader=pooch.HTTPDownloader(timeout=20)))
-    except (OSError, ValueError) as error:  # no network, no such page, wrong content
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(
-            f"data.url={url} could not be fetched ({reason}): data.path=<a copy on this machine>"
-        ) from None

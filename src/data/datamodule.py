@@ -10,7 +10,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from src.data.config import DataConfig
-from src.data.corpus import read_corpus, split_documents, tokenise
+from src.data.corpus import read_corpus
+from src.data.tokens import split_tokens
 from src.data.windows import SeededSampler, SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
 
@@ -47,8 +48,8 @@ class TextDataModule(LightningDataModule):
         if self.train_windows is not None:
             return
         corpus = self._read()
-        splits = split_documents(corpus.documents, self.config.train_ratio)
-        train, val = (tokenise(part, self.tokenizer, self.config.special_tokens) for part in splits)
+        config = self.config
+        train, val = split_tokens(corpus, config.train_ratio, self.tokenizer, config.special_tokens, config.cache_dir)
         self._check(corpus.source, train, val)
         self.corpus_sha256 = corpus.sha256
         context_length = self.config.context_length
@@ -118,7 +119,8 @@ class TextDataModule(LightningDataModule):
         return lines
 
     def _read(self):
-        return read_corpus(self.config.path, self.config.url, self.config.sha256)
+        config = self.config
+        return read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
 
     def _check(self, source: str, train: np.ndarray, val: np.ndarray) -> None:
         context_length, batch_size = self.config.context_length, self.config.batch_size

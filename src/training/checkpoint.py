@@ -1,4 +1,4 @@
-"""Checkpoints and weights in and out of files: whole or not at all, sealed, and read with PyTorch's safe loading only."""
+"""Checkpoints and weights in and out of files: whole or not at all, sealed, and with PyTorch's safe loading only."""
 
 import hashlib
 import io
@@ -154,7 +154,7 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in ``folder`` that was written last and can be read, and its content; damaged ones are reported."""
+    """The checkpoint in ``folder`` that was written last and can be read, with its content; others are reported."""
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return path, read_checkpoint(path)
@@ -193,12 +193,12 @@ def _read(path: Path, key: str) -> Any:
         raise DamagedError(f"{key}={path} is damaged, {damage}: {cure}") from None
     except Exception as error:  # whatever torch.load raises on a file that it cannot read
         if code := _code_in(path):
-            reason = f"it wants to execute {', '.join(code)}"
-        elif isinstance(error, OSError):
-            reason = error.strerror
-        else:
-            reason = "it is no file that PyTorch's safe loading can read"
-        raise ValueError(f"{key}={path} is refused, {reason}: {cure}") from None
+            raise ValueError(f"{key}={path} is refused, it wants to execute {', '.join(code)}: {cure}") from None
+        if isinstance(error, OSError):
+            raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {cure}") from None
+        raise DamagedError(
+            f"{key}={path} is damaged, or nothing that PyTorch's safe loading can read: {cure}"
+        ) from None
     if isinstance(content, dict) and "state_dict" in content and not sealed:
         raise DamagedError(f"{key}={path} is damaged, or not of this project, it has no SHA-256: {cure}")
     return content

@@ -80,15 +80,15 @@ class PretrainingModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        self._step = StepSoFar()  # what a step that failed has left
         restore_position(self.trainer)
         # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         config, peak = self.optimizer_config, self.optimizer_config.learning_rate
-        total = self.schedule_steps
         scheduler.base_lrs = [peak] * len(optimizer.param_groups)
         for group, fresh in zip(optimizer.param_groups, parameter_groups(self.net, config), strict=True):
             group |= {"weight_decay": fresh["weight_decay"], "betas": tuple(config.betas), "eps": config.eps}
-            group |= {"initial_lr": peak, "lr": learning_rate_at(self.global_step, total, peak, self.schedule_config)}
+            group |= {"initial_lr": peak, "lr": peak * scheduler.lr_lambdas[0](self.global_step)}
 
     @property
     def _batch(self) -> int:

@@ -1,0 +1,135 @@
+"""A loss or a gradient that is no number never reaches the weights."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import column
+
+from src.training.checkpoint import read_checkpoint
+from src.training.finite_guard import NonFiniteError
+
+COMMON = ("callbacks=none", "data.batch_size=4", "checkpoint.every_steps=2", "eval.every_steps=5")
+
+
+def through_gradient(value):
+    def act(module):
+        parameter = list(module.parameters())[5]
+        handle = parameter.register_hook(lambda gradient: (handle.remove(), torch.full_like(gradient, value))[1])
+
+    return act
+
+
+def through_weight(value, name="head.weight"):
+    def act(module):
+        module.net.get_parameter(name).data.flatten()[3] = value
+
+    return act
+
+
+def through_loss(value):
+    def act(module):
+        handle = module.net.register_forward_hook(lambda net, inputs, logits: (handle.remove(), logits * value)[1])
+
+    return act
+
+
+PLACES = {
+    "loss nan": through_loss(math.nan),
+    "loss inf": through_loss(math.inf),
+    "loss -inf": through_loss(-math.inf),
+    "gradient nan": through_gradient(math.nan),
+    "gradient inf": through_gradient(math.inf),
+    "gradient -inf": through_gradient(-math.inf),
+    "weight nan": through_weight(math.nan),
+    "weight inf": through_weight(math.inf),
+    "norm nan": through_weight(math.nan, "final_norm.weight"),
+    "position inf": through_weight(math.inf, "pos_emb.weight"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_stopped_before_the_update(tiny_run, at_batch, tmp_path, place, trials):
+    folder = tmp_path / "run"
+    seen = {}
+
+    def act(module):
+        PLACES[place](module)
+        seen["weights"] = {name: value.clone() for name, value in module.net.state_dict().items()}
+        seen["module"] = module
+
+    at_batch(6, act)
+    with pytest.raises(
+        NonFiniteError, match=r"step 7 was not made: .* in .*non_finite\.json: optimizer\.learning_rate="
+    ):
+        tiny_run(*COMMON, folder=folder)
+    for name, value in seen["module"].net.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), seen["weights"][name].nan_to_num(7))
+    files = sorted(folder.glob("checkpoints/*"))
+    assert [file.name for file in files] == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    for file in files:
+        assert all(value.isfinite().all() for value in read_checkpoint(file)["state_dict"].values())
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 6
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert record["optimizer_steps"] == 6
+    trials.passed("infinity or NaN in loss, gradient or weight", 1, "stopped before the update, no such checkpoint")
+
+
+def test_report_names_the_text(tiny_run, at_batch, tmp_path):
+    at_batch(16, through_loss(math.nan))  # the second epoch's fifth batch, the second of its step
+    with pytest.raises(NonFiniteError, match="step 9 was not made"):
+        tiny_run(*COMMON, "trainer.accumulate_grad_batches=2", "trainer.max_epochs=2", folder=tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert report["step"] == 9
+    assert 0 < report["lr"] < 6e-4
+    assert math.isnan(report["grad_norm"])
+    assert [batch["batch"] for batch in report["batches"]] == [16, 17]
+    assert [math.isnan(batch["loss"]) for batch in report["batches"]] == [True, False]
+    from src.data.datamodule import TextDataModule
+    from src.tokenizer import token_ids_to_text
+
+    data = TextDataModule(context_length=16, batch_size=4, path=str(tmp_path / "text.txt"))
+    data.setup()
+    for window in (window for batch in report["batches"] for window in batch["windows"]):
+        tokens = data.train_windows.tokens[window["offset"] : window["offset"] + 16]
+        assert window["tokens"] == tokens.tolist()
+        assert window["text"] == token_ids_to_text(torch.tensor(window["tokens"]))
+
+
+def test_rollback_leaves_the_text_out_and_goes_on(tiny_run, at_batch, tmp_path):
+    at_batch(6, through_weight(math.nan))
+    run = tiny_run(*COMMON, "finite_guard=rollback", "trainer.log_every_n_steps=1", folder=tmp_path / "run")
+    assert run.record["status"] == "completed"
+    assert run.record["optimizer_steps"] == 12
+    assert run.record["skipped_batches"] == [6]
+    assert run.record["tokens_seen"] == 11 * 64
+    assert column(run, "step") == list(range(13))
+    assert len(column(run, "train/loss")) == 11  # step 7 had nothing to train on
+    assert all(map(math.isfinite, column(run, "train/loss")))
+    again = tiny_run(*COMMON, "finite_guard=rollback", "trainer.max_epochs=2", "schedule.on_resume=keep",
+                     resume=run.folder)  # fmt: skip
+    assert again.module.skipped_batches == {6}
+    assert read_checkpoint(run.folder / "checkpoints" / "last.ckpt")["skipped_batches"] == [6]
+
+
+def test_rollbacks_are_bounded(tiny_run, monkeypatch, tmp_path):
+    from src.training.module import PretrainingModule
+
+    training_step = PretrainingModule.training_step
+
+    def step(self, batch, batch_idx):
+        loss = training_step(self, batch, batch_idx)
+        return loss * math.nan if loss is not None and self._batch > 3 else loss
+
+    monkeypatch.setattr(PretrainingModule, "training_step", step)
+    with pytest.raises(NonFiniteError):
+        tiny_run(*COMMON, "finite_guard=rollback", folder=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["skipped_batches"] == [4, 5, 6]
+
+
+def test_no_checkpoint_to_roll_back_to(tiny_run, at_batch, tmp_path):
+    at_batch(1, through_loss(math.nan))
+    with pytest.raises(NonFiniteError, match="step 2 was not made"):
+        tiny_run(*COMMON, "finite_guard=rollback", "eval.every_steps=1000", folder=tmp_path / "run")
