@@ -54,8 +54,9 @@ class RunRecord:
             "config": config,
             "versions": versions(),
             "git": git_revision(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
+        if "SLURM_JOB_ID" in os.environ:
+            self.values["slurm_job"] = os.environ["SLURM_JOB_ID"]
         self._started = False
         if not resumed:
             self.start()

@@ -7,9 +7,7 @@ import logging
 import math
 import shlex
 import shutil
-import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from src.data.config import DataConfig
 from src.model.config import GPTConfig
 from src.record import RunRecord
 from src.resume import check_text, different_model, different_values, requeue, resumed_overrides, steps_of_schedule
+from src.trainer import build_trainer
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 from src.training.interruption import Interrupted, Interruption
 
@@ -45,7 +44,6 @@ SECTIONS = {
     "checkpoint": CheckpointConfig,
     "trainer": TrainerLimits,
 }
-DEFAULT_EPOCHS = 10
 
 
 @dataclass
@@ -157,7 +155,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
         model, weights = read_weights(cfg.weights)
         _refuse(different_model(cfg, asdict(model), cfg.weights))
     path, checkpoint = _find_checkpoint(cfg, folder)
-    trainer = _build_trainer(cfg, folder, interruption, checkpoint)
+    trainer = build_trainer(cfg, folder, interruption, checkpoint)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
@@ -210,7 +208,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
             log.warning("back to step %d of %s, leaving that text out", checkpoint["global_step"], path)
             module.skipped_batches |= set(error.batches)
             record.update(skipped_batches=sorted(module.skipped_batches))
-            run.trainer = _build_trainer(cfg, folder, interruption, checkpoint)
+            run.trainer = build_trainer(cfg, folder, interruption, checkpoint)
 
 
 def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run:
@@ -311,60 +309,6 @@ def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, two checkpoints take {2 * checkpoint_bytes / 1e9:.1f} GB: free "
             f"some, hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
         )
-
-
-def _build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption, checkpoint: dict[str, Any]) -> Trainer:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-    from src.callbacks.evaluation import NEVER, EvaluationSchedule
-    from src.callbacks.metrics_csv import MetricsCSV
-    from src.training.checkpoint import SealedCheckpointIO
-    from src.training.device import pick_accelerator, pick_precision
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*is deprecated.*",
-        "Checkpoint directory .* exists and is not empty.*",
-        "The dirpath has changed.*",
-        "You're resuming from.*",
-        ".*training_step. returned .None.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    options = OmegaConf.to_container(cfg.trainer, resolve=True)
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
-        options["val_check_interval"] = NEVER
-        callbacks.insert(0, EvaluationSchedule(cfg.eval.every_steps))
-    elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
-        options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
-    if options["enable_checkpointing"]:
-        checkpoints = folder / "checkpoints"
-        callbacks += [
-            BestCheckpoint(checkpoints),
-            LastCheckpoint(checkpoints, **cfg.checkpoint, interruption=interruption),
-        ]
-    accelerator = pick_accelerator(options["accelerator"])
-    if options["precision"] is None:
-        options["precision"] = pick_precision(accelerator)
-    if options["max_epochs"] is None and options["max_steps"] == -1:
-        options["max_epochs"] = DEFAULT_EPOCHS
-    if options["enable_progress_bar"] is None:
-        options["enable_progress_bar"] = sys.stdout.isatty()
-    options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
-    loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
-    if cfg.resume or checkpoint:  # the same folder's curves go on where the checkpoint stands
-        step = checkpoint.get("global_step", -1)
-        for logger in loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.resume(step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger._kwargs["purge_step"] = step + 1
-    return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
 
 
 def _run(cfg: DictConfig) -> float | None:

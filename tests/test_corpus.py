@@ -132,7 +132,7 @@ def test_cache_that_cannot_be_written_is_told_with_its_cure(tmp_path, monkeypatc
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, trials):
-    megabytes = trials(100, 1000)
+    megabytes = trials(50, 1000)
     story = STORY.read_bytes()
     with (tmp_path / "large.txt").open("wb") as file:
         for _ in range(megabytes * 10**6 // len(story)):

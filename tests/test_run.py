@@ -53,6 +53,7 @@ def test_folder_holds_what_the_readme_says(finished):
         ".hydra/config.yaml",
         ".hydra/hydra.yaml",
         ".hydra/overrides.yaml",
+        ".lock",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "metrics.csv",
@@ -70,7 +71,7 @@ def test_record(finished):
     _, run = finished
     record = json.loads((run / "run.json").read_text())
     assert list(record) == [
-        "status", "command", "config", "versions", "git", "data_sha256", "parameters", "device", "precision",
+        "status", "command", "overrides", "config", "versions", "git", "data_sha256", "parameters", "device", "precision",
         "optimizer_steps", "tokens_seen", "tokens_per_second", "train_loss", "val_loss", "val_perplexity", "seconds",
     ]  # fmt: skip
     assert record["status"] == "completed"
@@ -169,11 +170,11 @@ def test_two_runs_at_once_and_a_folder_taken(tmp_path, finished):
         both = list(pool.map(lambda _: command(tmp_path, "callbacks=none", "logger=none"), range(2)))
     assert [done.returncode for done in both] == [0, 0]
     assert len(list(tmp_path.glob("outputs/gpt2/*/run.json"))) == 2
-    before = (run / "run.json").read_text()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     taken = command(tmp_path, f"hydra.run.dir={run}")
     assert taken.returncode == 1
-    assert "already holds a run: hydra.run.dir=" in taken.stdout
-    assert (run / "run.json").read_text() == before
+    assert f"is not empty: resume={run} to continue a run, or hydra.run.dir=<a new folder>" in taken.stderr
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -263,11 +264,11 @@ def test_progress_under_accumulation_is_the_steps_own(tiny_run, caplog):
 
 
 def test_checkpoint_writing_is_not_training(tiny_run, monkeypatch):
-    from src.training.checkpoint import AtomicCheckpointIO
+    from src.training.checkpoint import SealedCheckpointIO
 
-    save = AtomicCheckpointIO.save_checkpoint
+    save = SealedCheckpointIO.save_checkpoint
     slow = lambda self, *args, **kwargs: (time.sleep(0.5), save(self, *args, **kwargs))  # noqa: E731
-    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
+    monkeypatch.setattr(SealedCheckpointIO, "save_checkpoint", slow)
     run = tiny_run("trainer.max_steps=6", "checkpoint.every_steps=1", "~callbacks.text_samples", "~callbacks.loss_plot")
     training = run.record["tokens_seen"] / run.record["tokens_per_second"]
     assert training + 6 * 0.5 < run.record["seconds"]

@@ -1,0 +1,73 @@
+"""The Trainer that a config asks for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.training.interruption import Interruption
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+DEFAULT_EPOCHS = 10
+
+
+def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption, checkpoint: dict[str, Any]) -> Trainer:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+    from src.callbacks.evaluation import NEVER, EvaluationSchedule
+    from src.callbacks.metrics_csv import MetricsCSV
+    from src.training.checkpoint import SealedCheckpointIO
+    from src.training.device import pick_accelerator, pick_precision
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*is deprecated.*",
+        "Checkpoint directory .* exists and is not empty.*",
+        "The dirpath has changed.*",
+        "You're resuming from.*",
+        ".*training_step. returned .None.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    options = OmegaConf.to_container(cfg.trainer, resolve=True)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
+        options["val_check_interval"] = NEVER
+        callbacks.insert(0, EvaluationSchedule(cfg.eval.every_steps))
+    elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
+        options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
+    if options["enable_checkpointing"]:
+        checkpoints = folder / "checkpoints"
+        callbacks += [
+            BestCheckpoint(checkpoints),
+            LastCheckpoint(checkpoints, **cfg.checkpoint, interruption=interruption),
+        ]
+    accelerator = pick_accelerator(options["accelerator"])
+    if options["precision"] is None:
+        options["precision"] = pick_precision(accelerator)
+    if options["max_epochs"] is None and options["max_steps"] == -1:
+        options["max_epochs"] = DEFAULT_EPOCHS
+    if options["enable_progress_bar"] is None:
+        options["enable_progress_bar"] = sys.stdout.isatty()
+    options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
+    loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
+    if cfg.resume or checkpoint:  # the same folder's curves go on where the checkpoint stands
+        step = checkpoint.get("global_step", -1)
+        for logger in loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.resume(step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger._kwargs["purge_step"] = step + 1
+    return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)

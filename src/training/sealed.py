@@ -1,0 +1,182 @@
+"""Files that are whole or not at all, hold their own SHA-256, and are read with PyTorch's safe loading only."""
+
+import hashlib
+import io
+import os
+import pickletools
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEAL = b"sha256:"  # 64 hexadecimal digits follow; together the comment of the zip archive that torch.save writes
+SEAL_BYTES = len(SEAL) + 64
+LARGEST_PICKLE = 2**24  # bytes that are searched for the names of functions
+
+
+class DamagedError(ValueError):
+    """A file whose content is not what was written into it."""
+
+
+def write_atomically(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """``torch.save`` that leaves either the old file or the whole new one at ``path``, whenever it is interrupted.
+
+    ``previous`` is the name that the old file keeps.
+
+    Raises:
+        ValueError: the weights or the optimizer in ``content`` hold an infinity or NaN; nothing was written.
+        OSError: the disk is full or cannot be written to; what lay at ``path`` is as it was.
+    """
+    trained = _tensors([content.get("state_dict"), content.get("optimizer_states")])
+    tensors = [value for value in trained if value.is_floating_point() and value.numel()]
+    if not torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite():
+        raise ValueError(
+            f"{path} was not written, the weights or the optimizer hold infinities or NaN: "
+            f"optimizer.learning_rate=<less>, then resume=<run folder>"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    needed = sum(tensor.nbytes for tensor in tensors)
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError("no space left on device")
+        torch.save(content, part)  # by path: through a Python file object it takes up to three times as long
+        _seal(part)
+        if previous is not None and path.exists():
+            _keep_as(path, previous)
+        part.replace(path)
+        _flush(path.parent)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
+        free = shutil.disk_usage(path.parent).free
+        reason = "the disk is full" if free < needed else str(error).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({reason}): it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
+            f"free some, then resume=<run folder>, or hydra.run.dir=<a folder on another disk>"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(value)
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, 0, and the comment
+        file.write(SEAL_BYTES.to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(SEAL + digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _keep_as(path: Path, previous: Path) -> None:
+    link = previous.with_name(previous.name + ".part")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)  # so that there is a file at ``path`` at any moment
+        link.replace(previous)
+    except OSError:  # a file system without hard links
+        path.replace(previous)
+
+
+def _flush(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_sealed(path: Path, key: str) -> Any:
+    """What :func:`write_atomically` wrote to ``path``, its tensors mapped from the file, once its SHA-256 is verified.
+
+    ``key`` is the override that named the file, for the messages.
+
+    Raises:
+        DamagedError: the content is not what was written, or nothing that safe loading can read.
+        ValueError: no such file, or one that wants to execute code.
+    """
+    cure = f"{key}=<run folder>/checkpoints/last.ckpt"
+    try:
+        sealed = _is_sealed(path)
+        with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which are refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=sealed)
+    except FileNotFoundError:
+        raise ValueError(f"{key}={path} does not exist: {cure}") from None
+    except DamagedError as damage:
+        raise DamagedError(f"{key}={path} is damaged, {damage}: {cure}") from None
+    except Exception as error:  # whatever torch.load raises on a file that it cannot read
+        if code := _code_in(path):
+            raise ValueError(f"{key}={path} is refused, it wants to execute {', '.join(code)}: {cure}") from None
+        if isinstance(error, OSError):
+            raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {cure}") from None
+        raise DamagedError(
+            f"{key}={path} is damaged, or nothing that PyTorch's safe loading can read: {cure}"
+        ) from None
+    if isinstance(content, dict) and "state_dict" in content and not sealed:
+        raise DamagedError(f"{key}={path} is damaged, or not of this project, it has no SHA-256: {cure}")
+    return content
+
+
+def _code_in(path: Path) -> list[str]:
+    """The functions and classes that a pickle names beyond PyTorch's and plain containers, found without running it."""
+    found, strings = [], []
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                (pickled,) = (file for file in archive.infolist() if file.filename.endswith("data.pkl"))
+                pickles = archive.open(pickled).read(LARGEST_PICKLE)
+        else:
+            with path.open("rb") as file:
+                pickles = file.read(LARGEST_PICKLE)
+        file = io.BytesIO(pickles)
+        while file.tell() < len(pickles):  # PyTorch's old format is a row of pickles
+            for code, value, _ in pickletools.genops(file):
+                if isinstance(value, str):
+                    strings.append(value)
+                if code.name in ("GLOBAL", "INST"):
+                    found.append(value.replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    found.append(".".join(strings[-2:]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError, OverflowError):
+        pass  # what follows is no pickle
+    harmless = re.compile(r"torch\.(_utils\._rebuild|\w+Storage$|\w+\d+$)|collections\.OrderedDict$|_codecs\.encode$")
+    return [name for name in dict.fromkeys(found) if not harmless.match(name)]
+
+
+def _is_sealed(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < SEAL_BYTES:
+            raise DamagedError(f"it has only {size} bytes")
+        file.seek(-SEAL_BYTES, os.SEEK_END)
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return False
+        file.seek(0)
+        digest = hashlib.sha256()
+        left = size - SEAL_BYTES
+        while left:
+            block = file.read(min(left, 2**20))
+            if not block:
+                raise DamagedError("it ends early")
+            digest.update(block)
+            left -= len(block)
+    if digest.hexdigest().encode() != seal[len(SEAL) :]:
+        raise DamagedError("its content does not match its SHA-256")
+    return True
