@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -54,6 +55,7 @@ def launch(
     ``MisconfigurationException`` out of ``task`` is a user's mistake too: its message is printed, its traceback kept in
     the run's log.
     """
+    logging.raiseExceptions = False  # a full disk stops a run by what it cannot save, not by what it cannot log
     with Interruption():
         try:
             arguments = rewrite(sys.argv[1:])
@@ -67,6 +69,8 @@ def launch(
         except Interrupted as interrupted:
             print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
             raise
+        except OSError as error:  # before the task begins, Hydra writes the config into the run folder
+            _fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -123,6 +127,7 @@ def _wrong_type(prefix: str, field: dataclasses.Field, value: Any) -> str:
 
 def _hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     GlobalHydra.instance().clear()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors as they are, for launch to tell them
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
 
 

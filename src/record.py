@@ -73,8 +73,11 @@ class RunRecord:
         self.values.update(values)
         if self._started:
             part = self.path.with_suffix(".json.part")
-            part.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
-            part.replace(self.path)
+            try:
+                part.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+                part.replace(self.path)
+            finally:
+                part.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._lock.release()

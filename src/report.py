@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from pathlib import Path
@@ -77,9 +78,11 @@ def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
     log.warning("to continue: %s", command_to_resume(folder))
 
 
-def explain(error: BaseException, cfg: DictConfig) -> str | None:
+def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
     """One line on what ran out or died and how to get on; None for any other error."""
     message = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or folder}): free some, then resume={folder}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message:
         batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate_grad_batches
         parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)

@@ -135,7 +135,8 @@ def _quoted(folder: Path) -> str:
 
 def _runs() -> list[Path]:
     records = [*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")]
-    return [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime)]
+    runs = [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime)]
+    return [run for run in runs if not run.parent.name.endswith("_verify")]  # those belong to src.verify_resume
 
 
 def _latest() -> Path:

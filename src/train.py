@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import time
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,25 +119,28 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     command = shlex.join(["python", "-m", "src.train", *overrides])
     config = OmegaConf.to_container(cfg, resolve=True)
     record = RunRecord(folder, command, overrides, config, resumed=bool(cfg.resume))
-    status = "failed"
-    with Interruption() as interruption:
+    with Interruption() as interruption, closing(record):
         try:
             run = _train(cfg, folder, record, interruption)
-            status = "checked" if cfg.dry_run else "completed"
-        except Interrupted as interrupted:
-            status = "interrupted"
-            record.update(error=f"{interrupted.signal.name}")
-            report.print_interrupted(interrupted, folder)
-            requeue(interrupted)
-            raise
         except BaseException as error:
-            record.update(error=f"{type(error).__name__}: {error}")
-            if explained := report.explain(error, cfg):
+            stopped = isinstance(error, Interrupted)
+            outcome = {
+                "status": "interrupted" if stopped else "failed",
+                "error": error.signal.name if stopped else f"{type(error).__name__}: {error}",
+                "seconds": record.seconds_before + time.perf_counter() - started,
+            }
+            with suppress(OSError):  # what went wrong first is told, not that the disk is too full to note it
+                record.update(**outcome)
+            if stopped:
+                report.print_interrupted(error, folder)
+                requeue(error)
+            elif explained := report.explain(error, cfg, folder):
                 raise ValueError(explained) from error
             raise
-        finally:
-            record.update(status=status, seconds=record.seconds_before + time.perf_counter() - started)
-            record.close()
+        record.update(
+            status="checked" if cfg.dry_run else "completed",
+            seconds=record.seconds_before + time.perf_counter() - started,
+        )
     report.print_summary(run)
     return run
 

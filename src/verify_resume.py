@@ -29,6 +29,8 @@ def find_problems(cfg: DictConfig) -> list[str]:
         found.append(f"verify.kills={cfg.verify.kills} must be at least 1: verify.kills=3")
     if unknown := [name for name in cfg.verify.signals if name not in OWN_EXIT]:
         found.append(f"verify.signals={unknown} is none of KILL, TERM, INT: 'verify.signals=[KILL,TERM,INT]'")
+    if not any("MetricsCSV" in str(logger.get("_target_")) for logger in cfg.logger.values()):
+        found.append("logger must write metrics.csv, which is compared: logger=csv")
     if cfg.resume or cfg.dry_run:
         found.append("resume and dry_run have no meaning here: resume=null dry_run=false")
     return found

@@ -5,13 +5,14 @@ import shlex
 
 import pytest
 
-from src import cli
+from src import cli, verify_resume
 from src.train import find_problems
 
 README = (cli.CONF.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-TRAINING = [command.split("src.train", 1)[1] for command in COMMANDS if "src.train" in command]
+CHECKS = {"train": find_problems, "verify_resume": verify_resume.find_problems}
+OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
 
 def test_two_set_up_commands_are_one_line_each():
@@ -21,13 +22,13 @@ def test_two_set_up_commands_are_one_line_each():
     assert BLOCKS[0].count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", TRAINING)
-def test_training_commands_compose(arguments, tmp_path):
+@pytest.mark.parametrize(("name", "arguments"), OWN)
+def test_commands_compose(name, arguments, tmp_path):
     file = tmp_path / "given.txt"
     file.write_text("text")
     overrides = shlex.split(arguments, comments=True)
     overrides = [re.sub(r"=(outputs|my|path)\S*$", f"={file}", override) for override in overrides]
-    assert cli._find_problems("train", overrides, find_problems) == []
+    assert cli._find_problems(name, overrides, CHECKS[name]) == []
 
 
 def test_config_table_names_keys_that_exist():
