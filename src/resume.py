@@ -41,7 +41,10 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
         raise ValueError(f"resume={folder}: its run.json is damaged: ckpt_path={folder}/checkpoints/last.ckpt")
     new = [override for override in overrides if override not in given]
-    named = {_key(override) for override in new} | {"resume", "ckpt_path", "weights"}
+    named = {_key(override) for override in new}
+    if beginning := named & {"ckpt_path", "weights"}:
+        raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
+    named.add("resume")
     saved = [override for override in saved if _key(override) not in named]
     for override in saved:  # a stranger's run folder is data; only the command line names code
         if "_target_" in override or _key(override).startswith("hydra"):

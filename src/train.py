@@ -23,7 +23,7 @@ from src.data.config import DataConfig
 from src.model.config import GPTConfig
 from src.record import RunRecord
 from src.resume import check_text, different_model, different_values, requeue, resumed_overrides, steps_of_schedule
-from src.trainer import build_trainer
+from src.trainer import build_trainer, go_on_logging
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 from src.training.interruption import Interrupted, Interruption
 
@@ -97,7 +97,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
     for key in ("ckpt_path", "weights"):
-        if (path := getattr(top, key)) is not None and not Path(path).is_file():
+        if not top.resume and (path := getattr(top, key)) is not None and not Path(path).is_file():
             found.append(f"{key}={path} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt")
     return found
 
@@ -155,11 +155,11 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.module import PretrainingModule
     from src.training.optim import planned_steps
 
-    if cfg.weights:
+    path, checkpoint = _find_checkpoint(cfg, folder)
+    if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
         _refuse(different_model(cfg, asdict(model), cfg.weights))
-    path, checkpoint = _find_checkpoint(cfg, folder)
-    trainer = build_trainer(cfg, folder, interruption, checkpoint)
+    trainer = build_trainer(cfg, folder, interruption)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
@@ -180,7 +180,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     config = OmegaConf.to_container(cfg, resolve=True)
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
-    if cfg.weights:
+    if cfg.weights and path is None:
         module.net.load_state_dict(weights)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer.checkpoint_callbacks:
@@ -200,6 +200,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
 
     for rollbacks in itertools.count():
         try:
+            if cfg.resume or checkpoint:
+                go_on_logging(run.trainer, checkpoint.get("global_step", -1))
             return _fit(run, cfg, path, record)
         except NonFiniteError as error:
             if cfg.finite_guard != "rollback" or rollbacks == MAX_ROLLBACKS:
@@ -212,7 +214,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
             log.warning("back to step %d of %s, leaving that text out", checkpoint["global_step"], path)
             module.skipped_batches |= set(error.batches)
             record.update(skipped_batches=sorted(module.skipped_batches))
-            run.trainer = build_trainer(cfg, folder, interruption, checkpoint)
+            run.trainer = build_trainer(cfg, folder, interruption)
 
 
 def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run:
@@ -233,11 +235,12 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
     finally:
         speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
-        record.update(
-            optimizer_steps=trainer.global_step,
-            tokens_seen=module.tokens_seen,
-            tokens_per_second=speed and speed.tokens_per_second,
-        )
+        with suppress(OSError):
+            record.update(
+                optimizer_steps=trainer.global_step,
+                tokens_seen=module.tokens_seen,
+                tokens_per_second=speed and speed.tokens_per_second,
+            )
     if not module.steps_made and not cfg.resume:
         raise ValueError(
             f"no optimizer step was made, the run is at step {trainer.global_step}: "
@@ -268,16 +271,15 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
     """The checkpoint to go on from, or another one where that is damaged, and what it holds."""
     from src.training.checkpoint import good_checkpoint, newest_good_checkpoint
 
-    if cfg.ckpt_path:
-        found = good_checkpoint(Path(cfg.ckpt_path))
-    elif cfg.resume:
+    found = None
+    if cfg.resume:
         found = newest_good_checkpoint(folder / "checkpoints")
         if found is None and any(folder.glob("checkpoints/*.ckpt")):
             raise ValueError(f"resume={cfg.resume} has no checkpoint that can be read: hydra.run.dir=<a new folder>")
         if found is None:
-            log.info("%s has no checkpoint yet: starting at step 0", folder)
-    else:
-        found = None
+            log.info("%s has no checkpoint yet: starting it again", folder)
+    if found is None and cfg.ckpt_path:
+        found = good_checkpoint(Path(cfg.ckpt_path))
     if found is None:
         return None, {}
     path, checkpoint = found

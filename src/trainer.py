@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 DEFAULT_EPOCHS = 10
 
 
-def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption, checkpoint: dict[str, Any]) -> Trainer:
+def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> Trainer:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
-    from src.callbacks.metrics_csv import MetricsCSV
     from src.training.checkpoint import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
 
@@ -63,11 +61,17 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption, che
         options["enable_progress_bar"] = sys.stdout.isatty()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
-    if cfg.resume or checkpoint:  # the same folder's curves go on where the checkpoint stands
-        step = checkpoint.get("global_step", -1)
-        for logger in loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.resume(step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger._kwargs["purge_step"] = step + 1
     return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
+
+
+def go_on_logging(trainer: Trainer, step: int) -> None:
+    """Let the curves in the run folder go on behind ``step``; what was logged beyond it is logged again."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from src.callbacks.metrics_csv import MetricsCSV
+
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.resume(step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step + 1

@@ -308,3 +308,38 @@ def test_two_processes_cannot_share_a_folder(tiny_run, cut):
         ValueError, match=r"already holds a run \(run.json, metrics.csv, checkpoints, tensorboard\): resume="
     ):
         tiny_run("callbacks=none", folder=cut)
+
+
+@pytest.mark.parametrize("beginning", ["weights", "ckpt_path"])
+def test_stopped_before_its_first_checkpoint_it_begins_again_as_it_began(tiny_run, at_batch, tmp_path, beginning):
+    first = tiny_run("callbacks=none", "data.batch_size=4", "trainer.max_steps=4", "schedule=constant")
+    common = ("callbacks=none", "data.batch_size=4", "schedule=constant", "trainer.limit_val_batches=0",
+              f"{beginning}={first.folder / 'checkpoints' / 'last.ckpt'}")  # fmt: skip
+    whole = tiny_run(*common)
+
+    def die(module):
+        raise RuntimeError("killed")
+
+    at_batch(6, die)
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny_run(*common, folder=tmp_path / "cut")
+    run = tiny_run(*common, resume=tmp_path / "cut")
+    assert first_difference(whole.folder, run.folder) is None
+    assert run.record["resumed_at"] == [4 if beginning == "ckpt_path" else 0]
+    shutil.rmtree(first.folder)  # no longer needed: the run has checkpoints of its own
+    tiny_run(*common, "trainer.max_epochs=2", resume=tmp_path / "cut")
+
+
+def test_a_refused_continuation_changes_nothing(tiny_run, at_batch, tmp_path):
+    common = ("data.batch_size=4", "callbacks=none", "checkpoint.every_steps=5", "trainer.limit_val_batches=0")
+
+    def die(module):
+        raise RuntimeError("killed")
+
+    at_batch(8, die)
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny_run(*common, folder=tmp_path / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="on_resume"):
+        tiny_run(*common, "trainer.max_epochs=2", resume=tmp_path / "run")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}

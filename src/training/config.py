@@ -27,9 +27,8 @@ class RunConfig:
         for key in ("ckpt_path", "weights"):
             if (path := getattr(self, key)) and "://" in path:
                 found.append(f"{key}={path} is an address, not a file: fetch it, then {key}=<the file>")
-        given = [key for key in ("resume", "ckpt_path", "weights") if getattr(self, key)]
-        if len(given) > 1:
-            found.append(f"{' and '.join(given)} exclude each other: {given[1]}=null")
+        if self.ckpt_path and self.weights:
+            found.append("ckpt_path and weights exclude each other: weights=null to continue a run, or ckpt_path=null")
         if found:
             raise ValueError("\n".join(found))
 
