@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
+LINGERING = 15  # seconds
 OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "tensorboard")
 
 
@@ -31,8 +32,8 @@ class RunRecord:
         self.path = folder / "run.json"
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
+        try:  # the data workers of a run that was killed hold its folder for some seconds more
+            self._lock.acquire(timeout=LINGERING if resumed else 0)
         except Timeout:
             raise ValueError(
                 f"{folder} is in use by another process: stop that, or hydra.run.dir=<a new folder>"

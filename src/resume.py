@@ -8,8 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from src import cli
 from src.record import read_record
 from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
@@ -46,12 +49,42 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
     named.add("resume")
     saved = [override for override in saved if _key(override) not in named]
-    for override in saved:  # a stranger's run folder is data; only the command line names code
-        if "_target_" in override or _key(override).startswith("hydra"):
-            raise ValueError(f"resume={folder} would execute {override}: give that override again if you trust it")
+    _refuse_code(saved, folder)
     attempts = len(record.get("resumed_at", [])) + 1
     places = [f"hydra.run.dir={_quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
     return [*saved, *new, f"resume={_quoted(folder)}", *places]
+
+
+def _refuse_code(saved: list[str], folder: Path) -> None:
+    """A stranger's run folder is data: its overrides may choose among the code that ``conf`` names, and add none."""
+    known = {target for file in cli.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file), resolve=False)}
+    for override in saved:
+        if override.startswith("-") or _key(override).startswith("hydra"):
+            raise ValueError(f"resume={folder} would change Hydra itself by {override}: give it again if you trust it")
+    try:
+        cfg = cli.compose("train", saved)
+        foreign = set(_targets(cfg)) - known
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"resume={folder}: its overrides do not compose any more ({reason}): ckpt_path=<its checkpoint>"
+        ) from None
+    if foreign:
+        code = ", ".join(sorted(foreign))
+        raise ValueError(f"resume={folder} would execute {code}: give the override that names it again if you trust it")
+
+
+def _targets(cfg: DictConfig, resolve: bool = True) -> list[str]:
+    """Every ``_target_`` within ``cfg``, other than Hydra's own."""
+    found, nodes = [], [OmegaConf.to_container(cfg, resolve=resolve)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            found += [str(value) for key, value in node.items() if str(key) == "_target_"]
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    return found
 
 
 def command_to_resume(folder: Path) -> str:

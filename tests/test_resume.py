@@ -127,19 +127,21 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "gpt2" / "a run, with 'odd' name"
     run = tiny_run("callbacks=none", "trainer.max_steps=2", folder=folder)
-    record = read_record(run.folder) | {"overrides": ["model=gpt2_tiny", "data.path='a b'", "ckpt_path=x", "seed=4"]}
+    record = read_record(run.folder) | {"overrides": ["model=gpt2_tiny", "data.path='a b'", "weights=x", "seed=4"]}
     (run.folder / "run.json").write_text(json.dumps(record))
     for asked in str(folder), "latest":
         arguments = resumed_overrides(["seed=5", f"resume={asked}"])
-        assert arguments[:3] == ["model=gpt2_tiny", "data.path='a b'", "seed=5"]
+        assert arguments[:4] == ["model=gpt2_tiny", "data.path='a b'", "weights=x", "seed=5"]
         cfg = cli.compose("train", arguments[:-2])
         assert (Path(cfg.resume).name, cfg.seed, cfg.data.path) == (folder.name, 5, "a b")
+    with pytest.raises(ValueError, match="has its own beginning: leave weights away"):
+        resumed_overrides(["weights=y", "resume=latest"])
     assert resumed_overrides(["seed=5", "resume=null"]) == ["seed=5", "resume=null"]
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resumed_overrides(["seed=5"]) == ["seed=5"]
     (run.folder / "run.json").write_text(json.dumps(record | {"slurm_job": "77"}))
-    assert "resume=" in resumed_overrides(["seed=5"])[3]
+    assert "resume=" in resumed_overrides(["seed=5"])[4]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +151,14 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
         (["resume=nowhere"], None, "resume=nowhere is no run folder .*: resume=latest"),
         (["-m", "resume=outputs/a/b"], {"overrides": []}, "continues one run, not a sweep: leave -m away"),
         (["resume=outputs/a/b"], {"overrides": "no list"}, "run.json is damaged: ckpt_path="),
-        (["resume=outputs/a/b"], {"overrides": ["+x._target_=os.system"]}, "would execute .*again if you trust"),
+        (["resume=outputs/a/b"], {"overrides": ["+callbacks.x._target_=os.system"]}, "execute os.system: .*again if you trust"),
         (["resume=latest"], {"overrides": ["+callbacks.x={_target_:os.system,command:ls}"]}, "would execute"),
-        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would execute"),
+        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would change Hydra itself by hydra.run.dir=/etc"),
+        (["resume=latest"], {"overrides": ["--config-dir=/tmp"]}, "would change Hydra itself by --config-dir"),
+        (["resume=latest"], {"overrides": ["+callbacks.x='${oc.decode:\"{_${oc.env:NO,target}_: os.getcwd}\"}'"]},
+         "would execute os.getcwd"),
+        (["resume=latest"], {"overrides": ["trainer.plugins=[{_target_:os.abort}]"]}, "would execute os.abort"),
+        (["resume=latest"], {"overrides": ["modle=gpt2"]}, "do not compose any more"),
     ],
 )  # fmt: skip
 def test_nothing_to_resume_or_not_to_be_trusted(tmp_path, monkeypatch, arguments, record, message):

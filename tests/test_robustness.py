@@ -124,6 +124,22 @@ def test_full_disk_in_a_run(tiny_run, tmp_path, monkeypatch):
     assert read_record(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_all_processes_of_a_job(tmp_path, number):
+    """As schedulers and service managers send it: the data workers leave it to the run."""
+    process = start(tmp_path, *TINY, "data.num_workers=2", "trainer.max_epochs=400", "hydra.run.dir=run",
+                    "trainer.limit_val_batches=0", "data.batch_size=8", start_new_session=True)  # fmt: skip
+    while process.poll() is None and not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert read_record(tmp_path / "run")["status"] == "interrupted"
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
+    assert "to continue: python -m src.train resume=" in output
+
+
 @pytest.mark.parametrize(("signals", "kills"), [(["TERM", "INT", "KILL"], 3), (["KILL"], 50), (["TERM", "INT"], 20)])
 def test_real_signals_at_random_moments(tmp_path, signals, kills, trials):
     """The command that anyone can call on any config; exit status 143 or 130, saved within one step, resumed."""

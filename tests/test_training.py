@@ -209,18 +209,16 @@ def test_continued_run_trains_every_epoch_in_its_own_order(tiny_run):
     whole = tiny_run(*common, "trainer.max_epochs=4")
     half = tiny_run(*common, "trainer.max_epochs=2")
     ckpt = half.folder / "checkpoints" / "last.ckpt"
-    for workers in 0, 2:
-        rest = tiny_run(*common, "trainer.max_epochs=4", f"ckpt_path={ckpt}", f"data.num_workers={workers}")
-        assert column(half, "train/loss") + column(rest, "train/loss") == column(whole, "train/loss")
-        assert rest.record["optimizer_steps"] == whole.record["optimizer_steps"]
-        assert rest.record["tokens_seen"] == whole.record["tokens_seen"]
+    rest = tiny_run(*common, "trainer.max_epochs=4", f"ckpt_path={ckpt}")
+    assert column(half, "train/loss") + column(rest, "train/loss") == column(whole, "train/loss")
+    assert rest.record["optimizer_steps"] == whole.record["optimizer_steps"]
+    assert rest.record["tokens_seen"] == whole.record["tokens_seen"]
 
 
 @pytest.mark.parametrize(
     ("first", "then"),
     [
         (("trainer.max_steps=7",), ("trainer.max_epochs=2",)),  # cut within an epoch
-        (("trainer.max_steps=7",), ("trainer.max_steps=20",)),
         (("trainer.max_steps=12",), ("trainer.max_epochs=2",)),  # exactly one epoch
         (("trainer.max_epochs=1",), ("trainer.max_steps=20",)),
     ],

@@ -54,13 +54,8 @@ class Interruption:
             raise Interrupted(self.requested)
 
     def _handle(self, signum: int, _: Any) -> None:
-        if os.getpid() != self._process:  # in a data worker, which inherits this
-            if signum != signal.SIGINT:  # a terminal sends it to all; the run stops its workers in order
-                signal.signal(signum, signal.SIG_DFL)
-                os.kill(os.getpid(), signum)
-            return
-        if self.requested is not None:
-            return
+        if os.getpid() != self._process or self.requested is not None:
+            return  # a data worker inherits this, and schedulers signal all of a job: the run stops its workers itself
         self.requested = signal.Signals(signum)
         if self.deferred:
             os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())  # safe in a handler
