@@ -151,7 +151,7 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
         (["resume=nowhere"], None, "resume=nowhere is no run folder .*: resume=latest"),
         (["-m", "resume=outputs/a/b"], {"overrides": []}, "continues one run, not a sweep: leave -m away"),
         (["resume=outputs/a/b"], {"overrides": "no list"}, "run.json is damaged: ckpt_path="),
-        (["resume=outputs/a/b"], {"overrides": ["+callbacks.x._target_=os.system"]}, "execute os.system: .*again if you trust"),
+        (["resume=outputs/a/b"], {"overrides": ["+callbacks.x._target_=os.system"]}, "execute os.system: give .*"),
         (["resume=latest"], {"overrides": ["+callbacks.x={_target_:os.system,command:ls}"]}, "would execute"),
         (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would change Hydra itself by hydra.run.dir=/etc"),
         (["resume=latest"], {"overrides": ["--config-dir=/tmp"]}, "would change Hydra itself by --config-dir"),

@@ -74,6 +74,14 @@ def test_real_lack_of_memory(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_failure_with_workers_alive_is_no_hang(tmp_path):
+    process = start(tmp_path, *TINY, "data.num_workers=2", "optimizer.learning_rate=1e30", "schedule=constant",
+                    "trainer.gradient_clip_val=null", "trainer.limit_val_batches=0")  # fmt: skip
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"error: step \d was not made: .*optimizer\.learning_rate=", output)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the worker in Linux's /proc")
 def test_dead_data_worker(tmp_path, trials):
     """A worker that the system kills: one line, no hang, and the run can be resumed."""

@@ -1,5 +1,6 @@
 """The path of one batch: corpus, split, tokens, windows, loader."""
 
+import signal
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,17 @@ from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
 from src.data.windows import SeededSampler, SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Schedulers signal all processes of a job; a run that is to save first still needs its workers, and stops them.
+
+    A second SIGTERM ends them: it is what the run sends at last.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
 
 
 class TextDataModule(LightningDataModule):
@@ -150,5 +162,6 @@ class TextDataModule(LightningDataModule):
             num_workers=self.config.num_workers,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
             **options,
         )
