@@ -67,7 +67,8 @@ def launch(
         try:
             _hydra_main(config_name, lambda cfg: _run(task, cfg))
         except Interrupted as interrupted:
-            print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
+            if not interrupted.told:
+                print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
             raise
         except OSError as error:  # before the task begins, Hydra writes the config into the run folder
             _fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
@@ -178,7 +179,7 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
             if parsed[-1].is_sweep_override() and not sweeping:
                 found.append(f"{override} names several values: python -m src.{config_name} -m {override} to sweep")
     base = compose(config_name, [])
-    resuming = any(override.key_or_group == "resume" for override in parsed)
+    resuming = any(override.key_or_group == "resume" and override.value() for override in parsed)
     for override in parsed:
         found += _unknown(config_name, base, override)
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not resuming:

@@ -72,10 +72,19 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
         log.info("%-10s  %s", key, value)
 
 
+def print_changes(before: dict[str, Any], config: dict[str, Any]) -> None:
+    """What differs from the config that a continued run had when it was last started: overrides, or an edited YAML."""
+    old = dict(_flat(before.get("config", {})))
+    for key, value in _flat(config):
+        if key not in ("resume", "dry_run") and old.get(key, value) != value:
+            log.warning("changed: %s=%s, was %s", key, value, old[key])
+
+
 def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
     saved = any(folder.glob("checkpoints/*.ckpt"))
-    log.warning("stopped by %s, %s", interrupted.signal.name, "saved" if saved else "before anything was to be saved")
-    log.warning("to continue: %s", command_to_resume(folder))
+    log.warning("stopped by %s, %s", interrupted.signal.name, "saved" if saved else "before anything was saved")
+    log.warning("to %s: %s", "continue" if saved else "begin again", command_to_resume(folder))
+    interrupted.told = True
 
 
 def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
@@ -93,9 +102,12 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
                 f"model.context_length={max(cfg.model.context_length // 2, 1)} "
                 f"trainer.accumulate_grad_batches={accumulate * 2}"
             )
+        if cfg.resume:  # whose batches are fixed
+            return f"out of memory: resume={folder} with more of it, or weights=<its last.ckpt> {less} for a new run"
         return f"out of memory; this takes less and keeps the tokens per step: {less}"
     if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
-        return f"a data worker died, often for want of memory: data.num_workers={cfg.data.num_workers // 2}"
+        fewer = f"data.num_workers={cfg.data.num_workers // 2}"
+        return f"a data worker died, often for want of memory: resume={folder} {fewer}"
     return None
 
 

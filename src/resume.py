@@ -19,6 +19,7 @@ from src.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
+STATUSES = ("running", "interrupted", "failed", "completed")
 FREE = ("drop_rate", "init")  # of the model: what a continued run may change
 
 
@@ -30,40 +31,44 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     Raises:
         ValueError: no such run, or one whose overrides name code to execute.
     """
-    given = [override for override in overrides if override.startswith("resume=")]
-    asked = given[-1].removeprefix("resume=").strip("'\"") if given else _requeued()
+    flags = [argument for argument in overrides if argument[0] != "~" and (argument[0] == "-" or "=" not in argument)]
+    new = [argument for argument in overrides if argument not in flags and _key(argument) != "resume"]
+    given = [argument.split("=", 1)[-1].strip("'\"") for argument in overrides if _key(argument) == "resume"]
+    sweeping = {"-m", "--multirun"} & set(flags)
+    if not given and not sweeping and (begun := _requeued(new)):
+        given, new = [str(begun)], []  # the same command, started again
+    asked = given[-1] if given else None
     if asked in (None, "", "null"):
         return overrides
-    if {"-m", "--multirun"} & set(overrides):
+    if sweeping:
         raise ValueError(f"resume={asked} continues one run, not a sweep: leave -m away")
-    folder = _latest() if asked == "latest" else Path(asked)
+    folder = _latest(new) if asked == "latest" else Path(asked)
     record = read_record(folder)
     if not record:
         raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
     saved = record.get("overrides")
     if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
         raise ValueError(f"resume={folder}: its run.json is damaged: ckpt_path={folder}/checkpoints/last.ckpt")
-    new = [override for override in overrides if override not in given]
     named = {_key(override) for override in new}
     if beginning := named & {"ckpt_path", "weights"}:
         raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
-    named.add("resume")
-    saved = [override for override in saved if _key(override) not in named]
+    named |= {"resume", "dry_run"}
+    groups = tuple(f"{key}." for key in named)  # a group that is chosen anew brings its own values
+    saved = [override for override in saved if _key(override) not in named and not _key(override).startswith(groups)]
     _refuse_code(saved, folder)
     attempts = len(record.get("resumed_at", [])) + 1
-    places = [f"hydra.run.dir={_quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
-    return [*saved, *new, f"resume={_quoted(folder)}", *places]
+    places = [f"hydra.run.dir={quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
+    return [*flags, *saved, *new, f"resume={quoted(folder)}", *places]
 
 
 def _refuse_code(saved: list[str], folder: Path) -> None:
     """A stranger's run folder is data: its overrides may choose among the code that ``conf`` names, and add none."""
-    known = {target for file in cli.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file), resolve=False)}
+    known = {target for file in cli.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file))}
     for override in saved:
-        if override.startswith("-") or _key(override).startswith("hydra"):
-            raise ValueError(f"resume={folder} would change Hydra itself by {override}: give it again if you trust it")
+        if override.startswith("-") or _key(override).startswith("hydra") or "$" in override:
+            raise ValueError(f"resume={folder} would bring {override} along: give it again if you trust it")
     try:
-        cfg = cli.compose("train", saved)
-        foreign = set(_targets(cfg)) - known
+        foreign = set(_targets(cli.compose("train", saved))) - known
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -74,9 +79,9 @@ def _refuse_code(saved: list[str], folder: Path) -> None:
         raise ValueError(f"resume={folder} would execute {code}: give the override that names it again if you trust it")
 
 
-def _targets(cfg: DictConfig, resolve: bool = True) -> list[str]:
-    """Every ``_target_`` within ``cfg``, other than Hydra's own."""
-    found, nodes = [], [OmegaConf.to_container(cfg, resolve=resolve)]
+def _targets(cfg: DictConfig) -> list[str]:
+    """Every ``_target_`` within ``cfg``."""
+    found, nodes = [], [OmegaConf.to_container(cfg)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, dict):
@@ -87,16 +92,20 @@ def _targets(cfg: DictConfig, resolve: bool = True) -> list[str]:
     return found
 
 
+def command_line(overrides: list[str]) -> str:
+    return shlex.join(["python", "-m", "src.train", *overrides])
+
+
 def command_to_resume(folder: Path) -> str:
-    return shlex.join(["python", "-m", "src.train", f"resume={folder}"])
+    return command_line([f"resume={folder}"])
 
 
 def different_model(cfg: DictConfig, model: dict[str, Any], path: Path) -> list[str]:
     """How the model asked for differs from the one of the checkpoint at ``path``, a line each."""
     return [
-        f"model.{key}={cfg.model[key]} differs from {value} in {path}: model.{key}={value}"
+        f"model.{key}={OmegaConf.select(cfg.model, key)} differs from {value} in {path}: model.{key}={value}"
         for key, value in model.items()
-        if key not in FREE and cfg.model[key] != value
+        if key not in FREE and OmegaConf.select(cfg.model, key) != value
     ]
 
 
@@ -157,34 +166,50 @@ def requeue(interrupted: Interrupted) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or interrupted.signal != getattr(signal, "SIGUSR1", None):
         return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    log.info("SLURM job %s: %s", job, "back in the queue" if done.returncode == 0 else done.stderr.strip())
+    try:
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+        log.info("SLURM job %s is back in the queue", job)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("SLURM job %s could not be put back into the queue: %s", job, getattr(error, "stderr", "") or error)
 
 
 def _key(override: str) -> str:
     return override.split("=")[0].lstrip("+~").split("@")[0]
 
 
-def _quoted(folder: Path) -> str:
-    return "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
+def quoted(path: Path) -> str:
+    """``path`` as the value of an override."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def _runs() -> list[Path]:
     records = [*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")]
-    runs = [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime)]
+    runs = [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime, reverse=True)]
     return [run for run in runs if not run.parent.name.endswith("_verify")]  # those belong to src.verify_resume
 
 
-def _latest() -> Path:
-    for folder in reversed(_runs()):
-        if read_record(folder).get("status") in ("running", "interrupted", "failed", "completed"):
-            return folder
-    raise ValueError(f"resume=latest: there is no run in {Path.cwd() / 'outputs'}: resume=<run folder>")
+def _latest(overrides: list[str]) -> Path:
+    """The run that was changed last, those with a checkpoint before others; of the name that is asked for."""
+    names = [override.split("=", 1)[1] for override in overrides if _key(override) == "name"]
+    runs = [
+        run for run in _runs() if read_record(run).get("status") in STATUSES and (not names or run.parts[1] in names)
+    ]
+    runs.sort(key=lambda run: not any(run.glob("checkpoints/*.ckpt")))
+    if not runs:
+        place = Path.cwd() / "outputs" / "".join(names[-1:])
+        raise ValueError(f"resume=latest: there is no run in {place}: resume=<run folder>")
+    return runs[0]
 
 
-def _requeued() -> str | None:
+def _requeued(overrides: list[str]) -> Path | None:
+    """The unfinished run of this very command that an earlier start of this SLURM job began."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
-    found = [folder for folder in _runs() if read_record(folder).get("slurm_job") == job]
-    return str(found[-1]) if found else None
+    own = [override.split("=", 1)[1] for override in overrides if _key(override) == "hydra.run.dir"]
+    command = command_line([override for override in overrides if not _key(override).startswith("hydra")])
+    for run in [*map(Path, own), *_runs()]:
+        record = read_record(run)
+        if record.get("slurm_job") == job and record["command"] == command and record["status"] != "completed":
+            return run
+    return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import shlex
 import shutil
 import time
 from contextlib import closing, suppress
@@ -21,8 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 from src import cli, report
 from src.data.config import DataConfig
 from src.model.config import GPTConfig
-from src.record import RunRecord
-from src.resume import check_text, different_model, different_values, requeue, resumed_overrides, steps_of_schedule
+from src.record import RunRecord, read_record
+from src.resume import (
+    check_text,
+    command_line,
+    different_model,
+    different_values,
+    requeue,
+    resumed_overrides,
+    steps_of_schedule,
+)
 from src.trainer import build_trainer, go_on_logging
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 from src.training.interruption import Interrupted, Interruption
@@ -116,9 +123,10 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         raise ValueError("\n".join(problems))
     started = time.perf_counter()
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    command = shlex.join(["python", "-m", "src.train", *overrides])
+    if cfg.resume and Path(cfg.resume).resolve() != folder.resolve():
+        raise ValueError(f"resume={cfg.resume} is not the run folder {folder}: resume={folder}")
     config = OmegaConf.to_container(cfg, resolve=True)
-    record = RunRecord(folder, command, overrides, config, resumed=bool(cfg.resume))
+    record = RunRecord(folder, command_line(overrides), overrides, config, resumed=bool(cfg.resume))
     with Interruption() as interruption, closing(record):
         try:
             run = _train(cfg, folder, record, interruption)
@@ -181,11 +189,19 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
-        module.net.load_state_dict(weights)
+        try:
+            module.net.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"weights={cfg.weights} does not fit the model ({reason}): weights=<another file>"
+            ) from None
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer.checkpoint_callbacks:
         _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32
-    if cfg.resume:
+    if cfg.resume and not cfg.dry_run:
+        report.print_changes(read_record(folder), config)
+        go_on_logging(trainer, checkpoint.get("global_step", -1))
         record.start(checkpoint["global_step"] if checkpoint else 0)
     record.update(
         data_sha256=datamodule.corpus_sha256,
@@ -200,21 +216,22 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
 
     for rollbacks in itertools.count():
         try:
-            if cfg.resume or checkpoint:
-                go_on_logging(run.trainer, checkpoint.get("global_step", -1))
             return _fit(run, cfg, path, record)
         except NonFiniteError as error:
             if cfg.finite_guard != "rollback" or rollbacks == MAX_ROLLBACKS:
                 raise
             found = newest_good_checkpoint(folder / "checkpoints")
+            what = str(error).split(": optimizer.learning_rate")[0]
             if found is None:
-                raise
+                cure = "no checkpoint to go back to yet: checkpoint.every_steps=<few>"
+                raise NonFiniteError(f"{what}; {cure}", error.batches) from None
             path, checkpoint = found
-            log.warning("%s", str(error).split(": optimizer.learning_rate")[0])
+            log.warning("%s", what)
             log.warning("back to step %d of %s, leaving that text out", checkpoint["global_step"], path)
             module.skipped_batches |= set(error.batches)
             record.update(skipped_batches=sorted(module.skipped_batches))
             run.trainer = build_trainer(cfg, folder, interruption)
+            go_on_logging(run.trainer, checkpoint["global_step"])
 
 
 def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run:
@@ -223,13 +240,13 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
 
     trainer, module, datamodule = run.trainer, run.module, run.datamodule
     evaluating = trainer.limit_val_batches != 0
-    if path is None:
+    if path is None or not cfg.resume:
         report.log_hyperparameters(trainer, record.values["config"])
-        if evaluating:
-            datamodule.eval_batches = cfg.eval.full_batches
-            trainer.validate(module, datamodule=datamodule, verbose=False)
-            if not cfg.weights:
-                report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
+    if path is None and evaluating:
+        datamodule.eval_batches = cfg.eval.full_batches
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+        if not cfg.weights:
+            report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
     datamodule.eval_batches = cfg.eval.batches
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
@@ -241,7 +258,7 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
                 tokens_seen=module.tokens_seen,
                 tokens_per_second=speed and speed.tokens_per_second,
             )
-    if not module.steps_made and not cfg.resume:
+    if not module.steps_made and trainer.global_step < trainer.estimated_stepping_batches:
         raise ValueError(
             f"no optimizer step was made, the run is at step {trainer.global_step}: "
             f"trainer.max_epochs=<more>, trainer.max_steps=<more> or a longer trainer.max_time"
@@ -283,6 +300,11 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
     if found is None:
         return None, {}
     path, checkpoint = found
+    if cfg.trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches={cfg.trainer.overfit_batches} is a check that cannot be continued: "
+            f"trainer.overfit_batches=0"
+        )
     problems = different_model(cfg, checkpoint["hyper_parameters"]["model"], path)
     _refuse(problems + different_values(cfg, checkpoint, path))
     log.info("going on from step %d of %s", checkpoint["global_step"], path)

@@ -8,31 +8,62 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src import cli
 from src.record import read_record
+from src.resume import quoted
 from src.train import find_problems as problems_of_training
 
 log = logging.getLogger(__name__)
 
+WANTED = {
+    "resume": None,
+    "dry_run": False,
+    "trainer.enable_checkpointing": True,
+    "trainer.fast_dev_run": False,
+    "trainer.max_time": None,
+    "trainer.overfit_batches": 0.0,
+}
 OWN_EXIT = {"TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT, "KILL": -signal.SIGKILL}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """How often to interrupt, with which signals in turn, and the seed of the moments."""
+
+    kills: int = 0
+    signals: list[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kills, int) or self.kills < 1:
+            raise ValueError(f"verify.kills={self.kills} must be at least 1: verify.kills=3")
+        if not self.signals or set(self.signals) - set(OWN_EXIT):
+            raise ValueError(f"verify.signals={self.signals} must be of KILL, TERM, INT: 'verify.signals=[KILL,TERM]'")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"verify.seed={self.seed} must be a whole number: verify.seed=0")
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
     found = problems_of_training(cfg)
-    if not isinstance(cfg.verify.kills, int) or cfg.verify.kills < 1:
-        found.append(f"verify.kills={cfg.verify.kills} must be at least 1: verify.kills=3")
-    if unknown := [name for name in cfg.verify.signals if name not in OWN_EXIT]:
-        found.append(f"verify.signals={unknown} is none of KILL, TERM, INT: 'verify.signals=[KILL,TERM,INT]'")
+    try:
+        VerifyConfig(**OmegaConf.to_container(OmegaConf.create(cfg.verify or {})))
+    except (TypeError, ValueError) as error:
+        found.append(str(error))
     if not any("MetricsCSV" in str(logger.get("_target_")) for logger in cfg.logger.values()):
         found.append("logger must write metrics.csv, which is compared: logger=csv")
-    if cfg.resume or cfg.dry_run:
-        found.append("resume and dry_run have no meaning here: resume=null dry_run=false")
+    for key, wanted in WANTED.items():
+        if OmegaConf.select(cfg, key) != wanted:
+            cure = "null" if wanted is None else str(wanted).lower()
+            found.append(f"{key}={OmegaConf.select(cfg, key)} leaves nothing to resume or to compare: {key}={cure}")
     return found
 
 
@@ -42,39 +73,46 @@ def verify(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     Raises:
         ValueError: the two differ, with the first step that does; or a run failed by itself.
     """
-    own = ("verify.", "checkpoint.every_steps")
+    own = ("verify", "checkpoint.every_steps")
     overrides = [override for override in overrides if not override.lstrip("+").startswith(own)]
-    overrides.append(f"checkpoint.every_steps={cfg.checkpoint.every_steps}")
+    every = "null" if cfg.checkpoint.every_steps is None else cfg.checkpoint.every_steps
+    overrides.append(f"checkpoint.every_steps={every}")
     whole, cut = folder / "uninterrupted", folder / "interrupted"
-    process = _start([*overrides, f"hydra.run.dir={whole}"], folder / "uninterrupted.log")
-    if process.wait() != 0:
-        raise ValueError(f"the undisturbed run failed by itself: see {folder / 'uninterrupted.log'}")
+    with _started([*overrides, f"hydra.run.dir={quoted(whole)}"], folder / "uninterrupted.log") as process:
+        if process.wait() != 0:
+            raise ValueError(f"the undisturbed run failed by itself: see {folder / 'uninterrupted.log'}")
     steps = read_record(whole)["optimizer_steps"]
     seconds_per_step = read_record(whole)["seconds"] / steps
     log.info("undisturbed: %d steps", steps)
 
     draw = random.Random(cfg.verify.seed)
-    targets = sorted(draw.choices(range(1, max(steps, 2)), k=cfg.verify.kills))
-    for number, target in enumerate(targets):
+    for number, target in enumerate(sorted(draw.choices(range(1, max(steps, 2)), k=cfg.verify.kills))):
         name = cfg.verify.signals[number % len(cfg.verify.signals)]
-        process = _start(_begin_or_resume(overrides, cut), folder / "interrupted.log")
-        while process.poll() is None and _last_step(cut) < target:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 2 * seconds_per_step))  # anywhere: in a step, in an evaluation, in a save
-        seen = _last_step(cut)
-        process.send_signal(getattr(signal, f"SIG{name}"))
-        status = process.wait()
-        if status not in (0, OWN_EXIT[name]):
+        attempts = len(_attempts(cut))
+        with _started(_begin_or_resume(overrides, cut), folder / "interrupted.log") as process:
+            begun = False
+            while process.poll() is None and not (begun and _last_step(cut) >= target):
+                begun = begun or (len(_attempts(cut)) > attempts and (cut / "metrics.csv").exists())
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 2 * seconds_per_step))  # anywhere: in a step, in an evaluation, in a save
+            seen = _last_step(cut)
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            status = process.wait()
+        completed = read_record(cut).get("status") == "completed"
+        if status != OWN_EXIT[name] and not completed:
             raise ValueError(f"SIG{name} at step {seen}: exit status {status}: see {folder / 'interrupted.log'}")
         saved = _saved_step(cut)
         log.info("SIG%s at step %d: exit status %d, saved at step %d", name, seen, status, saved)
-        if name != "KILL" and status and not seen <= saved <= seen + 1:
+        logged = seen > (_attempts(cut) or [0])[-1]  # by this attempt, not by one before
+        if name != "KILL" and not completed and logged and not 0 <= saved - seen <= cfg.trainer.log_every_n_steps:
             raise ValueError(f"SIG{name} at step {seen} was saved at step {saved}, not within one step")
-    if _start(_begin_or_resume(overrides, cut), folder / "interrupted.log").wait() not in (0, 1):
-        raise ValueError(f"the resumed run failed by itself: see {folder / 'interrupted.log'}")
+    if read_record(cut).get("status") != "completed":
+        with _started(_begin_or_resume(overrides, cut), folder / "interrupted.log") as process:
+            if process.wait() != 0:
+                raise ValueError(f"the resumed run failed by itself: see {folder / 'interrupted.log'}")
     if difference := first_difference(whole, cut):
         raise ValueError(f"not the same: {difference}: see {whole} and {cut}")
-    log.info("bit-identical: %d steps, %d interruptions, losses, weights and optimizer", steps, len(targets))
+    log.info("bit-identical: %d steps, %d interruptions, losses, weights and optimizer", steps, cfg.verify.kills)
 
 
 def first_difference(whole: Path, cut: Path) -> str | None:
@@ -120,12 +158,25 @@ def _difference(one: Any, other: Any, place: str) -> str | None:
 
 
 def _begin_or_resume(overrides: list[str], folder: Path) -> list[str]:
-    return [f"resume={folder}"] if read_record(folder) else [*overrides, f"hydra.run.dir={folder}"]
+    place = "resume" if read_record(folder) else "hydra.run.dir"
+    return [*([] if place == "resume" else overrides), f"{place}={quoted(folder)}"]
 
 
-def _start(arguments: list[str], output: Path) -> subprocess.Popen:
+def _attempts(folder: Path) -> list[int]:
+    """The steps at which processes began to train in ``folder``."""
+    record = read_record(folder)
+    return [0, *record.get("resumed_at", [])] if record else []
+
+
+@contextmanager
+def _started(arguments: list[str], output: Path) -> Iterator[subprocess.Popen]:
     with output.open("ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "src.train", *arguments], stdout=file, stderr=file)
+        process = subprocess.Popen([sys.executable, "-m", "src.train", *arguments], stdout=file, stderr=file)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

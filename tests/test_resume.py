@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import column
+from conftest import FAST, column
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import cli
 from src.record import read_record
-from src.resume import resumed_overrides
+from src.resume import command_line, resumed_overrides
 from src.training.checkpoint import read_checkpoint
 from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
@@ -137,11 +137,84 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
     with pytest.raises(ValueError, match="has its own beginning: leave weights away"):
         resumed_overrides(["weights=y", "resume=latest"])
     assert resumed_overrides(["seed=5", "resume=null"]) == ["seed=5", "resume=null"]
+    assert resumed_overrides(["resume=latest", "--cfg", "job"])[:2] == ["--cfg", "job"]
+    assert "model.n_layers=3" not in resumed_overrides(["resume=latest", "model=gpt2_tiny"])
+    assert resumed_overrides(["++resume=latest"])[-2].startswith("hydra.run.dir=")
+
+
+def test_job_that_slurm_starts_again_resumes_its_own_run(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run("callbacks=none", "trainer.max_steps=2", folder=tmp_path / "outputs" / "gpt2" / "one")
+    mine = ["model=gpt2_tiny", "weights=w.ckpt"]
+    record = read_record(run.folder) | {"status": "interrupted", "slurm_job": "77", "overrides": mine}
+    (run.folder / "run.json").write_text(json.dumps(record | {"command": command_line(mine)}))
+    assert resumed_overrides(mine) == mine
     monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert resumed_overrides(mine) == mine
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert resumed_overrides(["seed=5"]) == ["seed=5"]
-    (run.folder / "run.json").write_text(json.dumps(record | {"slurm_job": "77"}))
-    assert "resume=" in resumed_overrides(["seed=5"])[4]
+    assert resumed_overrides([*mine, "hydra.run.dir=outputs/gpt2/one"])[:3] == [*mine, "resume='outputs/gpt2/one'"]
+    assert resumed_overrides(mine)[:3] == [*mine, "resume='outputs/gpt2/one'"]
+    for other in ["model=gpt2_tiny"], ["-m", *mine]:  # another command of the same job, a sweep
+        assert resumed_overrides(other) == other
+    (run.folder / "run.json").write_text(json.dumps(record | {"command": command_line(mine), "status": "completed"}))
+    assert resumed_overrides(mine) == mine
+
+
+def test_latest_is_the_one_that_can_go_on(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_run("callbacks=none", "trainer.max_steps=2", folder=tmp_path / "outputs" / "gpt2" / "trained")
+    with pytest.raises(ValueError, match="does not exist"):
+        tiny_run("data.path=nowhere", folder=tmp_path / "outputs" / "gpt2" / "mistyped")
+    tiny_run(*FAST, "trainer.max_steps=1", folder=tmp_path / "outputs" / "other" / "unsaved")
+    assert "resume='outputs/gpt2/trained'" in resumed_overrides(["resume=latest"])
+    assert "resume='outputs/other/unsaved'" in resumed_overrides(["resume=latest", "name=other"])
+    with pytest.raises(ValueError, match=r"there is no run in .*outputs/third"):
+        resumed_overrides(["resume=latest", "name=third"])
+
+
+def test_dry_run_of_a_continuation_leaves_the_run_alone(tiny_run, cut):
+    before = {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
+    tiny_run("callbacks=none", "data.batch_size=4", "dry_run=true", resume=cut)
+    assert before == {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
+
+
+def test_changes_are_told(tiny_run, cut, caplog):
+    tiny_run("callbacks=none", "data.batch_size=4", "optimizer.learning_rate=1e-5", resume=cut)
+    assert "changed: optimizer.learning_rate=1e-05, was 0.0006" in caplog.text
+
+
+@pytest.mark.parametrize("interval", [3, 5])
+def test_checkpoints_lie_between_steps(tiny_run, interval):
+    """With Lightning's own interval, in batches, an evaluation can fall between two batches of one step."""
+    common = ("callbacks=none", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "schedule=constant",
+              f"trainer.val_check_interval={interval}", "trainer.max_epochs=2")  # fmt: skip
+    whole = tiny_run(*common)
+    best = whole.folder / "checkpoints" / "best.ckpt"
+    step = read_checkpoint(best)["global_step"]
+    rest = tiny_run(*common, "trainer.max_epochs=4", f"ckpt_path={best}")
+    longer = tiny_run(*common, "trainer.max_epochs=4")
+    assert column(longer, "train/loss")[step:] == column(rest, "train/loss")
+
+
+def test_time_over_in_the_middle_of_a_step(tiny_run, monkeypatch):
+    """The step is finished first, and the run can be continued exactly."""
+    common = ("callbacks=none", "data.batch_size=4", "trainer.accumulate_grad_batches=5", "schedule=constant")
+    whole = tiny_run(*common, "trainer.max_epochs=2")
+    from lightning.pytorch.callbacks import Timer
+
+    monkeypatch.setattr(Timer, "_check_time_remaining", lambda self, trainer: setattr(
+        trainer, "should_stop", trainer.fit_loop.epoch_loop.total_batch_idx == 6))  # fmt: skip
+    cut = tiny_run(*common, "trainer.max_epochs=2", "trainer.max_time=00:01:00:00")
+    assert cut.record["optimizer_steps"] == 2
+    monkeypatch.undo()
+    rest = tiny_run(*common, "trainer.max_epochs=2", f"ckpt_path={cut.folder / 'checkpoints' / 'last.ckpt'}")
+    assert column(cut, "train/loss") + column(rest, "train/loss") == column(whole, "train/loss")
+
+
+def test_a_check_of_overfitting_cannot_be_continued(tiny_run):
+    run = tiny_run("callbacks=none", "trainer.overfit_batches=2", "trainer.max_epochs=2")
+    with pytest.raises(ValueError, match=r"is a check that cannot be continued: trainer\.overfit_batches=0"):
+        tiny_run("callbacks=none", "trainer.overfit_batches=2", "trainer.max_epochs=3", resume=run.folder)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +226,10 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
         (["resume=outputs/a/b"], {"overrides": "no list"}, "run.json is damaged: ckpt_path="),
         (["resume=outputs/a/b"], {"overrides": ["+callbacks.x._target_=os.system"]}, "execute os.system: give .*"),
         (["resume=latest"], {"overrides": ["+callbacks.x={_target_:os.system,command:ls}"]}, "would execute"),
-        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would change Hydra itself by hydra.run.dir=/etc"),
-        (["resume=latest"], {"overrides": ["--config-dir=/tmp"]}, "would change Hydra itself by --config-dir"),
+        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would bring hydra.run.dir=/etc along"),
+        (["resume=latest"], {"overrides": ["--config-dir=/tmp"]}, "would bring --config-dir=/tmp along"),
         (["resume=latest"], {"overrides": ["+callbacks.x='${oc.decode:\"{_${oc.env:NO,target}_: os.getcwd}\"}'"]},
-         "would execute os.getcwd"),
+         "would bring .* along: give it again"),
         (["resume=latest"], {"overrides": ["trainer.plugins=[{_target_:os.abort}]"]}, "would execute os.abort"),
         (["resume=latest"], {"overrides": ["modle=gpt2"]}, "do not compose any more"),
     ],
@@ -184,7 +257,7 @@ def cut(tiny_run, at_batch, tmp_path):
     "change",
     ["model.n_layers=3", "model.emb_dim=48", "model.tie_weights=true", "data.batch_size=2", "data.stride=8", "seed=7",
      "data.train_ratio=0.8", "data.shuffle=false", "data.special_tokens=text", "model.context_length=32",
-     "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3", "trainer.overfit_batches=1"],
+     "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3"],
 )  # fmt: skip
 def test_what_would_be_meaningless_is_refused_with_the_difference(tiny_run, cut, change):
     before = (cut / "run.json").read_text(), (cut / "metrics.csv").read_text()
@@ -350,3 +423,21 @@ def test_a_refused_continuation_changes_nothing(tiny_run, at_batch, tmp_path):
     with pytest.raises(ValueError, match="on_resume"):
         tiny_run(*common, "trainer.max_epochs=2", resume=tmp_path / "run")
     assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_slurm_job_goes_back_into_the_queue(tiny_run, at_batch, tmp_path, monkeypatch, caplog, there):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    if there:
+        scontrol.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
+        scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:/bin:/usr/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    at_batch(5, interrupt(signal.SIGUSR1))
+    with caplog.at_level("INFO"), pytest.raises(Interrupted):
+        tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
+    assert read_record(tmp_path / "run")["slurm_job"] == "77"
+    if there:
+        assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert ("is back in the queue" if there else "could not be put back") in caplog.text

@@ -94,7 +94,7 @@ def test_dead_data_worker(tmp_path, trials):
     os.kill(killed[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "error: a data worker died, often for want of memory: data.num_workers=1" in output
+    assert "error: a data worker died, often for want of memory: resume=" in output
     assert "Traceback" not in output
     assert read_record(tmp_path / "run")["status"] == "failed"
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] % 5 == 0

@@ -23,6 +23,10 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fit_loop._should_accumulate():  # else the gradients of half a step would be lost
+            super().on_validation_end(trainer, pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = Path(self.dirpath, "best.ckpt")
         if best.exists():  # this folder's own: its score is still to be beaten
@@ -51,6 +55,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = 0.0
         self._between_steps = True  # and not between the batches that one step accumulates
         self._due = False
+        self._stop = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = self._saved_step = trainer.global_step
@@ -72,6 +77,9 @@ class LastCheckpoint(Checkpoint):
             self._due |= self.every_steps is not None and self._step % self.every_steps == 0
             minutes = (time.monotonic() - self._saved_at) / 60
             self._due |= self.every_minutes is not None and minutes >= self.every_minutes
+        # trainer.max_time may be over between two batches that one step accumulates: stop behind the step.
+        self._stop |= trainer.should_stop
+        trainer.should_stop = self._stop and self._between_steps
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:

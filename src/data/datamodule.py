@@ -20,12 +20,13 @@ from src.tokenizer import gpt2_tokenizer
 def _leave_signals_to_the_run(worker: int) -> None:
     """Schedulers signal all processes of a job; a run that is to save first still needs its workers, and stops them.
 
-    A second SIGTERM ends them: it is what the run sends at last.
+    After a minute SIGTERM counts all the same: it is also what a process sends at last to workers that hang.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 class TextDataModule(LightningDataModule):

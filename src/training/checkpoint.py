@@ -1,10 +1,12 @@
 """The checkpoints and weights of a run, out to files and in again."""
 
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -53,21 +55,29 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     """
     try:
         return path, read_checkpoint(path)
-    except DamagedError:
+    except DamagedError as error:
         found = newest_good_checkpoint(path.parent)
         if found is None:
             raise
+        log.warning("%s, taking %s", str(error).split(": ckpt_path=")[0], found[0])
         return found
 
 
 def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in ``folder`` that was written last and can be read, with its content; others are reported."""
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
+    """The checkpoint in ``folder`` of the latest step that is sound, with its content; damaged ones are reported."""
+    for path in sorted(folder.glob("*.ckpt"), key=_step_that_it_claims, reverse=True):
         try:
             return path, read_checkpoint(path)
         except ValueError as error:
             log.warning("%s: looking for an older one", str(error).split(": ckpt_path=")[0])
     return None
+
+
+def _step_that_it_claims(path: Path) -> float:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception:  # damaged: to be looked at, and reported, first
+        return math.inf
 
 
 def read_weights(path: str | Path, key: str = "weights") -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -18,6 +18,7 @@ class Interrupted(SystemExit):
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
         self.signal = signal.Signals(signum)
+        self.told = False  # to the user
 
 
 class Interruption:

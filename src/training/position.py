@@ -44,5 +44,4 @@ def fixed_values(trainer: Trainer) -> dict[str, Any]:
         **trainer.datamodule.fixed_values(),
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.limit_train_batches": trainer.limit_train_batches,
-        "trainer.overfit_batches": trainer.overfit_batches,
     }
