@@ -1,4 +1,4 @@
-"""Continuing a run: which one, with which overrides, and whether what is asked for can be its continuation."""
+"""Continuing a run: which one, and with which overrides."""
 
 import logging
 import os
@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -14,13 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import cli
 from src.record import read_record
-from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
 STATUSES = ("running", "interrupted", "failed", "completed")
-FREE = ("drop_rate", "init")  # of the model: what a continued run may change
 
 
 def resumed_overrides(overrides: list[str]) -> list[str]:
@@ -98,67 +95,6 @@ def command_line(overrides: list[str]) -> str:
 
 def command_to_resume(folder: Path) -> str:
     return command_line([f"resume={folder}"])
-
-
-def different_model(cfg: DictConfig, model: dict[str, Any], path: Path) -> list[str]:
-    """How the model asked for differs from the one of the checkpoint at ``path``, a line each."""
-    return [
-        f"model.{key}={OmegaConf.select(cfg.model, key)} differs from {value} in {path}: model.{key}={value}"
-        for key, value in model.items()
-        if key not in FREE and OmegaConf.select(cfg.model, key) != value
-    ]
-
-
-def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
-    """How the data or the geometry of the batches differs from that of the checkpoint at ``path``, a line each."""
-    found = []
-    defaults = {"data.stride": cfg.data.context_length, "trainer.limit_train_batches": 1.0}
-    for key, value in checkpoint.get("fixed_values", {}).items():
-        if key in ("tokenizer", "data_sha256"):  # known once the text is read
-            continue
-        asked = OmegaConf.select(cfg, key)
-        asked = defaults.get(key) if asked is None else asked
-        if asked != value:
-            found.append(
-                f"{key}={asked} differs from {value} in {path}: {key}={value}, or weights={path} for a new run"
-            )
-    return found
-
-
-def check_text(checkpoint: dict[str, Any], path: Path, now: dict[str, Any]) -> None:
-    """Whether the text and the tokenizer are those of the checkpoint at ``path``; otherwise a ValueError."""
-    before = checkpoint.get("fixed_values", {})
-    for key, what in ("data_sha256", "text"), ("tokenizer", "tokenizer"):
-        if before.get(key, now[key]) != now[key]:
-            raise ValueError(
-                f"data.path: the {what} is not the one that {path} was trained on ({key} {now[key][:12]}, was "
-                f"{before[key][:12]}): data.path=<that text>, or weights={path} for a new run on this one"
-            )
-
-
-def steps_of_schedule(cfg: DictConfig, checkpoint: dict[str, Any], steps: float) -> float:
-    """The optimizer steps that the learning rate's curve is laid out over, in a run that makes ``steps`` in all.
-
-    Raises:
-        ValueError: a continued run has another length, and ``schedule.on_resume`` does not say what that means.
-    """
-    before = checkpoint.get("schedule_steps", steps)
-    if cfg.schedule.name == "constant" or before == steps or cfg.schedule.on_resume == "stretch":
-        return steps
-    if cfg.schedule.on_resume == "keep":
-        return before
-    from src.training.optim import learning_rate_at
-
-    config, peak, at = ScheduleConfig(**cfg.schedule), cfg.optimizer.learning_rate, checkpoint["global_step"]
-    kept, last, stretched = (
-        f"{learning_rate_at(step, total, peak, config):.2e}"
-        for step, total in ((at, before), (before, before), (at, steps))
-    )
-    raise ValueError(
-        f"the learning rate was laid out over {before:,} steps, the run is to make {steps:,}: schedule.on_resume=keep "
-        f"(it goes on at {kept} and stays at {last} from step {before:,}) or schedule.on_resume=stretch (it goes on at "
-        f"{stretched}, on a curve of {steps:,} steps)"
-    )
 
 
 def requeue(interrupted: Interrupted) -> None:

@@ -18,18 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli, report
+from src.continuation import check_text, different_model, different_values, steps_of_schedule
 from src.data.config import DataConfig
 from src.model.config import GPTConfig
 from src.record import RunRecord, read_record
-from src.resume import (
-    check_text,
-    command_line,
-    different_model,
-    different_values,
-    requeue,
-    resumed_overrides,
-    steps_of_schedule,
-)
+from src.resume import command_line, requeue, resumed_overrides
 from src.trainer import build_trainer, go_on_logging
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 from src.training.interruption import Interrupted, Interruption

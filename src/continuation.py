@@ -1,0 +1,71 @@
+"""Whether what is asked for can be the continuation of what a checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.training.config import ScheduleConfig
+
+FREE = ("drop_rate", "init")  # of the model: what a continued run may change
+
+
+def different_model(cfg: DictConfig, model: dict[str, Any], path: Path) -> list[str]:
+    """How the model asked for differs from the one of the checkpoint at ``path``, a line each."""
+    return [
+        f"model.{key}={OmegaConf.select(cfg.model, key)} differs from {value} in {path}: model.{key}={value}"
+        for key, value in model.items()
+        if key not in FREE and OmegaConf.select(cfg.model, key) != value
+    ]
+
+
+def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
+    """How the data or the geometry of the batches differs from that of the checkpoint at ``path``, a line each."""
+    found = []
+    defaults = {"data.stride": cfg.data.context_length, "trainer.limit_train_batches": 1.0}
+    for key, value in checkpoint.get("fixed_values", {}).items():
+        if key in ("tokenizer", "data_sha256"):  # known once the text is read
+            continue
+        asked = OmegaConf.select(cfg, key)
+        asked = defaults.get(key) if asked is None else asked
+        if asked != value:
+            found.append(
+                f"{key}={asked} differs from {value} in {path}: {key}={value}, or weights={path} for a new run"
+            )
+    return found
+
+
+def check_text(checkpoint: dict[str, Any], path: Path, now: dict[str, Any]) -> None:
+    """Whether the text and the tokenizer are those of the checkpoint at ``path``; otherwise a ValueError."""
+    before = checkpoint.get("fixed_values", {})
+    for key, what in ("data_sha256", "text"), ("tokenizer", "tokenizer"):
+        if before.get(key, now[key]) != now[key]:
+            raise ValueError(
+                f"data.path: the {what} is not the one that {path} was trained on ({key} {now[key][:12]}, was "
+                f"{before[key][:12]}): data.path=<that text>, or weights={path} for a new run on this one"
+            )
+
+
+def steps_of_schedule(cfg: DictConfig, checkpoint: dict[str, Any], steps: float) -> float:
+    """The optimizer steps that the learning rate's curve is laid out over, in a run that makes ``steps`` in all.
+
+    Raises:
+        ValueError: a continued run has another length, and ``schedule.on_resume`` does not say what that means.
+    """
+    before = checkpoint.get("schedule_steps", steps)
+    if cfg.schedule.name == "constant" or before == steps or cfg.schedule.on_resume == "stretch":
+        return steps
+    if cfg.schedule.on_resume == "keep":
+        return before
+    from src.training.optim import learning_rate_at
+
+    config, peak, at = ScheduleConfig(**cfg.schedule), cfg.optimizer.learning_rate, checkpoint["global_step"]
+    kept, last, stretched = (
+        f"{learning_rate_at(step, total, peak, config):.2e}"
+        for step, total in ((at, before), (before, before), (at, steps))
+    )
+    raise ValueError(
+        f"the learning rate was laid out over {before:,} steps, the run is to make {steps:,}: schedule.on_resume=keep "
+        f"(it goes on at {kept} and stays at {last} from step {before:,}) or schedule.on_resume=stretch (it goes on at "
+        f"{stretched}, on a curve of {steps:,} steps)"
+    )
