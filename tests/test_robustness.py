@@ -148,7 +148,7 @@ def test_signal_to_all_processes_of_a_job(tmp_path, number):
     assert "to continue: python -m src.train resume=" in output
 
 
-@pytest.mark.parametrize(("signals", "kills"), [(["TERM", "INT", "KILL"], 3), (["KILL"], 50), (["TERM", "INT"], 20)])
+@pytest.mark.parametrize(("signals", "kills"), [(["TERM", "KILL"], 2), (["KILL"], 50), (["TERM", "INT"], 20)])
 def test_real_signals_at_random_moments(tmp_path, signals, kills, trials):
     """The command that anyone can call on any config; exit status 143 or 130, saved within one step, resumed."""
     if trials.full != (kills > 3):
