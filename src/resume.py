@@ -28,7 +28,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     Raises:
         ValueError: no such run, or one whose overrides name code to execute.
     """
-    flags = [argument for argument in overrides if argument[0] != "~" and (argument[0] == "-" or "=" not in argument)]
+    flags = [argument for argument in overrides if "=" not in argument and not argument.startswith("~")]  # Hydra's own
     new = [argument for argument in overrides if argument not in flags and _key(argument) != "resume"]
     given = [argument.split("=", 1)[-1].strip("'\"") for argument in overrides if _key(argument) == "resume"]
     sweeping = {"-m", "--multirun"} & set(flags)
