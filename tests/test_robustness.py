@@ -154,7 +154,7 @@ def test_real_signals_at_random_moments(tmp_path, signals, kills, trials):
     if trials.full != (kills > 3):
         pytest.skip("all of them with --full, a few without")
     process = start(
-        tmp_path, *TINY, "trainer.max_epochs=3", "data.batch_size=4", "trainer.accumulate_grad_batches=2",
+        tmp_path, *TINY, f"trainer.max_epochs={trials(1, 3)}", "data.batch_size=4", "trainer.accumulate_grad_batches=2",
         "eval.every_steps=9", "eval.batches=2", f"verify.kills={kills}", f"verify.signals={signals}",
         module="src.verify_resume",
     )  # fmt: skip
