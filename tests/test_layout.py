@@ -16,7 +16,9 @@ ALLOWED = {
     "model": {"model"},
     "tokenizer": {"tokenizer"},
     "data": {"data", "tokenizer"},
-    "generation": {"generation", "model"},
+    "generation": {"generation", "model", "tokenizer"},
+    "interop": {"interop", "model", "training", "tokenizer"},
+    "evaluation": {"evaluation", "generation", "model", "tokenizer"},
     "training": {"training", "generation", "model", "tokenizer"},
     "callbacks": {"callbacks", "training", "generation", "model", "tokenizer"},
 }

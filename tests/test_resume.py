@@ -97,7 +97,7 @@ def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, 
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch:
         if place.endswith("torch.load"):
-            patch.setattr("src.callbacks.text_samples.generate", lambda *_: signal.raise_signal(signal.SIGTERM))
+            patch.setattr("src.callbacks.text_samples.generate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
             with pytest.raises((Interrupted, TypeError)):
                 tiny_run(*common, folder=folder)
         patch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGTERM))

@@ -1,6 +1,7 @@
 """What the model writes, as it learns."""
 
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.generation.config import Sampling
 from src.generation.decode import generate
 from src.tokenizer import text_to_token_ids, token_ids_to_text
 
@@ -31,6 +33,9 @@ class TextSamples(Callback):
         max_new_tokens: int = 50,
         temperature: float = 1.0,
         top_k: int | None = 25,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         every_n_epochs: int = 1,
         seed: int = 123,
     ) -> None:
@@ -44,15 +49,12 @@ class TextSamples(Callback):
                 raise ValueError(
                     f"callbacks.text_samples.{key}={value} must be at least 1, or ~callbacks.text_samples for none"
                 )
-        if temperature < 0 or (top_k or 0) < 0:
-            raise ValueError(
-                f"callbacks.text_samples.temperature={temperature} and .top_k={top_k} cannot be negative: "
-                f"callbacks.text_samples.temperature=1.0 callbacks.text_samples.top_k=25"
-            )
+        try:
+            self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        except ValueError as error:
+            raise ValueError("\n".join(f"callbacks.text_samples.{line}" for line in str(error).splitlines())) from None
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_k = top_k
         self.every_n_epochs = every_n_epochs
         self.seed = seed
         self._written = 0  # bytes of samples.md
@@ -94,12 +96,24 @@ class TextSamples(Callback):
         tokens = text_to_token_ids(prompt, data.tokenizer, data.config.special_tokens).to(pl_module.device)
         state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
-        ways = {"greedy": 0.0, f"temperature {self.temperature:g}, top-k {self.top_k}": self.temperature}
-        temperatures = torch.tensor(list(ways.values()), device=tokens.device).unsqueeze(1)  # (2, 1): both in one pass
+        drawn = ", ".join(
+            f"{key.replace('_', '-')} {value:g}"
+            for key, value in asdict(self.sampling).items()
+            if value is not None and (key != "repetition_penalty" or value != 1)
+        )
+        both = [[0.0], [self.sampling.temperature]]  # (2, 1): in one pass
+        temperatures = torch.tensor(both, device=tokens.device)
+        sampling = replace(self.sampling, temperature=temperatures)
         rows = generate(
-            pl_module.net, tokens.expand(2, -1), self.max_new_tokens, temperatures, self.top_k, generator
+            pl_module.net,
+            tokens,
+            self.max_new_tokens,
+            sampling,
+            generator,
+            num_samples=2,
+            vocab_size=data.tokenizer.n_vocab,
         )  # (2, T + max_new_tokens)
-        return {way: token_ids_to_text(row, data.tokenizer) for way, row in zip(ways, rows, strict=True)}
+        return dict(zip(("greedy", drawn), (token_ids_to_text(row, data.tokenizer) for row in rows), strict=True))
 
 
 def _quoted(text: str) -> str:

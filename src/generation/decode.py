@@ -1,46 +1,151 @@
-"""The decoding loop: read the prompt once, then one token at a time from the cache."""
+"""The decoding loop: read the prompts once, then one token at a time from the cache."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from src.generation.config import Sampling
 from src.generation.sampling import next_token
 from src.model.cache import KVCache
 from src.model.gpt import GPT
 
 
-@torch.inference_mode()
-def generate(
+class Context:
+    """Rows of tokens, ``(B, L)``, and the cache of what the model has read of them.
+
+    Beyond ``context_length`` the window slides: each further token is predicted from the last ``context_length``. Since
+    GPT-2's positions are absolute, a window that has moved is read anew; before that no token is read twice.
+
+    ``padding`` ``(B,)`` counts the tokens at the beginning of each row that do not belong to it; ``vocab_size`` those
+    that may come next, where the model's vocabulary is padded.
+    """
+
+    def __init__(self, net: GPT, tokens: Tensor, padding: Tensor | None = None, vocab_size: int | None = None) -> None:
+        if tokens.shape[1] == 0 or (padding is not None and padding.max() >= tokens.shape[1]):
+            raise ValueError("an empty prompt has no next token: start from the end-of-text token, 50256")
+        self.net = net
+        self.vocab_size = vocab_size or net.config.vocab_size
+        if padding is not None:
+            padded = torch.arange(tokens.shape[1], device=tokens.device) < padding.unsqueeze(1)  # (B, L)
+            tokens = torch.where(padded, tokens.gather(1, padding.unsqueeze(1)), tokens)  # else it counts as seen
+        self.tokens = tokens
+        self._padding = padding
+        self._unread = tokens
+        weight = net.tok_emb.weight
+        self._cache = KVCache(net.config, len(tokens), weight.device, weight.dtype, padding)
+
+    def next_logits(self) -> Tensor:
+        """Read what was not read yet; the logits ``(B, V)`` float32 of the tokens to come."""
+        window = self.net.config.context_length
+        if self._cache.length + self._unread.shape[1] > window:
+            left = max(self.tokens.shape[1] - window, 0)
+            self._cache.length, self._unread = 0, self.tokens[:, left:]
+            if self._padding is not None:
+                self._cache.padding = (self._padding - left).clamp(min=0)
+        last = self.net.hidden_states(self._unread, self._cache)[:, -1]  # (B, C)
+        logits = self.net.head(last).float()  # (B, V)
+        logits[:, self.vocab_size :] = float("-inf")
+        return logits
+
+    def append(self, tokens: Tensor) -> None:
+        """``tokens`` ``(B, 1)`` come next."""
+        self.tokens = torch.cat([self.tokens, tokens], dim=1)
+        self._unread = tokens
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with ``rows`` ``(N,)``, which share what was read."""
+        self._cache.select(rows)
+        self.tokens = self.tokens[rows]
+        if self._padding is not None:
+            self._padding = self._padding[rows]
+
+
+class Step(NamedTuple):
+    """One token for each of the rows: ``tokens`` ``(B, 1)`` and the logits ``(B, V)`` that they were chosen from."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+@contextmanager
+def evaluating(net: GPT) -> Iterator[None]:
+    """Without dropout and gradients; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        with torch.no_grad():  # not inference_mode, whose tensors could not be trained on
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def decode(
     net: GPT,
     tokens: Tensor,
     max_new_tokens: int,
-    temperature: float | Tensor = 0.0,
-    top_k: int | None = None,
+    sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue ``tokens`` ``(B, T)`` by ``max_new_tokens``: ``(B, T + max_new_tokens)`` int64.
+    *,
+    padding: Tensor | None = None,
+    num_samples: int = 1,
+    vocab_size: int | None = None,
+    end_token: int | None = None,
+    stop: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Continue each of ``tokens`` ``(P, T)`` ``num_samples`` times, a :class:`Step` of all B = P * num_samples rows at a
+    time.
 
-    Beyond ``context_length`` the window slides: each further token is predicted from the last ``context_length``.
-    ``net`` evaluates without dropout and gets its training mode back. See :func:`~src.generation.sampling.next_token`
-    for ``temperature``, ``top_k`` and ``generator``.
+    A row ends with ``end_token``, or once ``stop`` of what it has got so far, ``(B, N)``, is true ``(B,)``; behind that
+    it holds ``end_token`` (or 0). The prompts are read once, whatever ``num_samples``. See :class:`Context` for
+    ``padding`` and ``vocab_size``.
 
     Raises:
         ValueError: an empty prompt, for which there is no next token.
     """
-    if tokens.shape[1] == 0:
-        raise ValueError("an empty prompt has no next token: start from the end-of-text token, 50256")
-    window = net.config.context_length
-    training = net.training
-    net.eval()
-    try:
-        weight = net.tok_emb.weight
-        cache = KVCache(net.config, tokens.shape[0], weight.device, weight.dtype)
-        unread = tokens[:, -window:]
-        for _ in range(max_new_tokens):
-            if cache.length + unread.shape[1] > window:  # learned positions: a moved window is read anew
-                cache.length, unread = 0, tokens[:, -window:]
-            logits = net(unread, cache)[:, -1]  # (B, V)
-            unread = next_token(logits, temperature, top_k, generator)  # (B, 1)
-            tokens = torch.cat([tokens, unread], dim=1)
-    finally:
-        net.train(training)
-    return tokens
+    context = Context(net, tokens, padding, vocab_size)
+    ended = torch.zeros(len(tokens) * num_samples, dtype=torch.bool, device=tokens.device)
+    for step in range(max_new_tokens):
+        with evaluating(net):
+            logits = context.next_logits()
+            if step == 0 and num_samples > 1:
+                rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(num_samples)
+                context.select(rows)
+                logits = logits[rows]
+            new = next_token(logits, sampling, generator, context.tokens)  # (B, 1)
+            new = new.masked_fill(ended.unsqueeze(1), end_token or 0)
+            context.append(new)
+        yield Step(new, logits)
+        if end_token is not None:
+            ended |= new.squeeze(1) == end_token
+        if stop is not None:
+            ended |= stop(context.tokens[:, tokens.shape[1] :])
+        if (end_token is not None or stop is not None) and ended.all():
+            return
+
+
+def generate(
+    net: GPT,
+    tokens: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    **options,
+) -> Tensor:
+    """``tokens`` ``(P, T)`` and what :func:`decode` continues them by: ``(P * num_samples, T + N)`` int64, where N is
+    ``max_new_tokens``, or less where all rows have ended. Takes the options of :func:`decode`."""
+    rows = tokens.repeat_interleave(options.get("num_samples", 1), dim=0)
+    steps = [step.tokens for step in decode(net, tokens, max_new_tokens, sampling, generator, **options)]
+    return torch.cat([rows, *steps], dim=1)
+
+
+def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Rows ``(T_i,)`` of different length as one batch ``(B, max T)`` aligned at its end, and its padding ``(B,)``, which
+    is None where they are all of one length."""
+    longest = max(len(row) for row in rows)
+    padding = torch.tensor([longest - len(row) for row in rows], device=rows[0].device)
+    tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
+    return tokens, padding if padding.any() else None

@@ -3,31 +3,59 @@
 import torch
 from torch import Tensor
 
+from src.generation.config import Sampling
+
+
+def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """The logits ``(B, V)`` float32 of the distribution to draw from; -inf for tokens that are left out.
+
+    In this order: the repetition penalty on the tokens ``seen`` ``(B, L)`` (Keskar et al. 2019, section 4.1), the
+    temperature, the ``top_k`` largest and their equals (Fan et al. 2018), the likeliest that together reach ``top_p``
+    (Holtzman et al. 2020), and those at least ``min_p`` times as likely as the likeliest (Nguyen et al. 2024). The
+    likeliest token always stays.
+    """
+    logits = penalise_repetition(logits.float(), sampling.repetition_penalty, seen)
+    temperatures = torch.as_tensor(sampling.temperature, dtype=torch.float32, device=logits.device)
+    logits = logits / temperatures.masked_fill(temperatures == 0, 1.0)
+    if sampling.top_k and sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, tokens = logits.sort(dim=-1, descending=True)  # (B, V)
+        probabilities = ordered.softmax(dim=-1)
+        left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the likelier ones reach it already
+        left_out[:, 0] = False
+        logits = logits.masked_fill(left_out.scatter(-1, tokens, left_out), float("-inf"))
+    if sampling.min_p:
+        probabilities = logits.softmax(dim=-1)
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)  # (B, 1)
+        logits = logits.masked_fill(probabilities < least, float("-inf"))
+    return logits
+
+
+def penalise_repetition(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
+    """``logits`` ``(B, V)``, those of the tokens ``seen`` ``(B, L)`` divided by ``penalty``, or multiplied where they are
+    negative."""
+    if penalty == 1 or seen is None:
+        return logits
+    scores = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
 
 def next_token(
     logits: Tensor,
-    temperature: float | Tensor = 0.0,
-    top_k: int | None = None,
+    sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row, ``(B, 1)`` int64, from its last logits ``(B, V)``.
-
-    ``temperature=0`` takes the likeliest. Otherwise the logits are cut to the ``top_k`` largest (Fan et al. 2018;
-    None, 0 or more than V: all), divided by the temperature, and drawn from with ``generator``. A temperature of shape
-    ``(B, 1)`` gives each row its own.
-
-    Raises:
-        ValueError: a negative temperature or ``top_k``.
-    """
-    temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    if temperatures.min() < 0 or (top_k or 0) < 0:
-        raise ValueError(f"temperature={temperature} and top_k={top_k} cannot be negative: temperature=1.0 top_k=25")
-    likeliest = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+    """The next token of each row, ``(B, 1)`` int64, from its last logits ``(B, V)``: drawn with ``generator`` from what
+    :func:`filter_logits` leaves, or, at temperature 0, the likeliest."""
+    sampling = sampling or Sampling()
+    temperatures = torch.as_tensor(sampling.temperature, device=logits.device)
+    penalised = penalise_repetition(logits, sampling.repetition_penalty, seen)
+    likeliest = penalised.argmax(dim=-1, keepdim=True)  # (B, 1)
     if not temperatures.any():
         return likeliest
-    if top_k and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    scaled = logits.float() / temperatures.masked_fill(temperatures == 0, 1.0)
-    drawn = torch.multinomial(torch.softmax(scaled, dim=-1), num_samples=1, generator=generator)  # (B, 1)
+    probabilities = filter_logits(logits, sampling, seen).softmax(dim=-1)
+    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator)  # (B, 1)
     return torch.where(temperatures == 0, likeliest, drawn)

@@ -1,6 +1,5 @@
 """Causal multi-head self-attention (Vaswani et al. 2017) on PyTorch's fused kernels."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,19 +19,16 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)  # (B, T, 3, H, D)
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
-        if cache is not None:
-            keys, values = cache.append(layer, keys, values)  # (B, H, S, D), S = tokens read so far + T
-        S = keys.shape[2]
-        # is_causal aligns its mask to the first key, so with earlier keys in a cache the mask is given in full.
         mask = None
-        if 1 < T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        if cache is not None:
+            mask = cache.mask(T, x.device)
+            keys, values = cache.append(layer, keys, values)  # (B, H, S, D), S = tokens read so far + T
         context = F.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            attn_mask=mask,
+            attn_mask=mask,  # is_causal would align its triangle to the first key, wrong with earlier keys in a cache
             dropout_p=self.drop_rate if self.training else 0.0,
-            is_causal=T == S and T > 1,
+            is_causal=mask is None and T > 1,
         )  # (B, H, T, D)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, C))  # (B, T, C)

@@ -10,14 +10,21 @@ class KVCache:
     """Preallocated keys and values of every layer, each ``(B, H, context_length, D)``.
 
     A plain value: made by the caller, passed to ``GPT.forward``, which appends to it. ``length`` is the number of
-    positions filled so far.
+    positions filled so far. Of rows of different length, aligned at their ends, the first ``padding`` ``(B,)`` of each are
+    never attended to, and its positions are counted from there.
     """
 
     def __init__(
-        self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        padding: Tensor | None = None,
     ) -> None:
         shape = (batch_size, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
         self.length = 0
+        self.padding = padding
         self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
 
@@ -31,3 +38,34 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` positions as filled, once every layer has appended them."""
         self.length += tokens
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """Positions of the next ``tokens``, ``(T,)``, or ``(B, T)`` with padding."""
+        columns = torch.arange(self.length, self.length + tokens, device=device)
+        return columns if self.padding is None else (columns - self.padding.unsqueeze(1)).clamp(min=0)
+
+    def mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """What the next ``tokens`` may attend to, ``(T, S)`` or ``(B, 1, T, S)`` bool, S = length + T.
+
+        None where all of it is seen by a single token, or where it is the plain triangle.
+        """
+        T, S = tokens, self.length + tokens
+        if self.padding is None and T in (1, S):
+            return None
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # (T, S)
+        if self.padding is None:
+            return causal
+        seen = torch.arange(S, device=device) >= self.padding.unsqueeze(1)  # (B, S)
+        itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(S - T, 1)  # padding sees at least itself: no NaN
+        return (causal & seen[:, None] | itself).unsqueeze(1)  # (B, 1, T, S)
+
+    def select(self, rows: Tensor) -> None:
+        """Let the cache hold its rows ``rows`` ``(N,)``, in that order: beams or samples that share what was read."""
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+        for kept in self._keys, self._values:
+            for layer, old in enumerate(kept):
+                filled = old[rows, :, : self.length]
+                if len(rows) != len(old):
+                    kept[layer] = old.new_empty(len(rows), *old.shape[1:])
+                kept[layer][:, :, : self.length] = filled

@@ -40,6 +40,10 @@ class GPT(nn.Module):
         Raises:
             ValueError: more positions than ``context_length``.
         """
+        return self.head(self.hidden_states(tokens, cache))  # (B, T, V)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head makes logits of, ``(B, T, C)``; see :meth:`forward`."""
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
         if start + T > self.config.context_length:
@@ -47,13 +51,14 @@ class GPT(nn.Module):
                 f"{start + T} tokens do not fit model.context_length={self.config.context_length}: "
                 f"shorten the input or use a model with model.context_length={start + T}"
             )
-        positions = torch.arange(start, start + T, device=tokens.device)
+        device = tokens.device
+        positions = torch.arange(T, device=device) if cache is None else cache.positions(T, device)  # (T,) or (B, T)
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)  # (B, T, C)
         if cache is not None:
             cache.advance(T)
-        return self.head(self.final_norm(x))  # (B, T, V)
+        return self.final_norm(x)
 
     @torch.no_grad()
     def init_weights(self) -> None:

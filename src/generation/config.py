@@ -1,0 +1,77 @@
+"""How to choose the next token, how many of them, and what makes that impossible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one next token is chosen; see :func:`~src.generation.sampling.filter_logits`.
+
+    ``temperature=0`` takes the likeliest. ``top_k=None`` or 0, ``top_p=None`` or 1, ``min_p=None`` or 0 and
+    ``repetition_penalty=1`` leave the distribution as it is. A temperature of shape ``(B, 1)`` gives each row its own.
+    """
+
+    temperature: float | Tensor = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """Every setting that no token can be chosen by, one line each, with one that can."""
+        coldest = self.temperature if isinstance(self.temperature, int | float) else self.temperature.min().item()
+        found = []
+        if not 0 <= coldest < float("inf"):
+            found.append(f"temperature={coldest} cannot be negative or infinite: temperature=1.0")
+        if (self.top_k or 0) < 0:
+            found.append(f"top_k={self.top_k} cannot be negative: top_k=25, or top_k=null for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p} must lie above 0 and up to 1: top_p=0.9, or top_p=null for all tokens")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            found.append(f"min_p={self.min_p} must lie between 0 and 1: min_p=0.05, or min_p=null for all tokens")
+        if not 0 < self.repetition_penalty < float("inf"):
+            found.append(f"repetition_penalty={self.repetition_penalty} must be above 0: repetition_penalty=1.0")
+        return found
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Sampling):
+    """:class:`Sampling`, and how many tokens, samples and beams. ``num_beams`` above 1 searches instead of drawing, and
+    then ``num_samples`` are the best hypotheses by sum of log-probabilities / length ** ``length_penalty``."""
+
+    max_new_tokens: int = 50
+    num_samples: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 123
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        for key, cure in ("max_new_tokens", 50), ("num_samples", 1), ("num_beams", 1):
+            if getattr(self, key) < 1:
+                found.append(f"{key}={getattr(self, key)} must be at least 1: {key}={cure}")
+        if not abs(self.length_penalty) < float("inf"):
+            found.append(f"length_penalty={self.length_penalty} is no number: length_penalty=1.0")
+        if self.seed < 0:
+            found.append(f"seed={self.seed} cannot be negative: seed=1")
+        if self.num_beams > 1 and self.temperature:
+            found.append(
+                f"num_beams={self.num_beams} searches, temperature={self.temperature} draws: temperature=0 or "
+                f"generation=beam, or num_beams=1"
+            )
+        if self.num_beams > 1 and self.num_samples > self.num_beams:
+            found.append(
+                f"num_samples={self.num_samples} is more than num_beams={self.num_beams} can keep: "
+                f"num_beams={self.num_samples}"
+            )
+        return found

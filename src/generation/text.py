@@ -1,0 +1,153 @@
+"""Text in, text out: prompts of any length together, whole characters only, stop strings."""
+
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from src.generation.beam import beam_search
+from src.generation.config import GenerationConfig
+from src.generation.decode import Step, decode, pad_left
+from src.model.gpt import GPT
+from src.tokenizer import gpt2_tokenizer, text_to_token_ids, token_bytes
+
+ROWS = 32  # that are decoded together
+
+
+class Continuation(NamedTuple):
+    """What follows a prompt: its text without end-of-text and stop strings, its tokens with them, and the score of the
+    hypothesis where beams were searched."""
+
+    text: str
+    tokens: list[int]
+    score: float | None = None
+
+
+class TextStream:
+    """Tokens in, text out as soon as it is certain: never half a character, nor what may belong to a stop string."""
+
+    def __init__(self, stop: Sequence[str] = (), tokenizer: tiktoken.Encoding | None = None) -> None:
+        self.stopped = False
+        self._stop = [text for text in stop if text]
+        self._tokenizer = tokenizer or gpt2_tokenizer()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that became certain with ``token``."""
+        if token == self._tokenizer.eot_token:
+            self.stopped = True
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(token_bytes(token, self._tokenizer))
+        return self._release(self._undecided())
+
+    def finish(self) -> str:
+        """The rest of the text; no token follows."""
+        self._held += self._decoder.decode(b"", final=True)
+        return self._release(0)
+
+    def _undecided(self) -> int:
+        """How many of the last characters may be the beginning of a stop string."""
+        lengths = range(max((len(text) for text in self._stop), default=1) - 1, 0, -1)
+        return next((n for n in lengths if any(text.startswith(self._held[-n:]) for text in self._stop)), 0)
+
+    def _release(self, undecided: int) -> str:
+        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            self._decoder.reset()
+            return text
+        certain = len(self._held) - undecided
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+
+def continue_texts(
+    net: GPT,
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    stop: Sequence[str] = (),
+    tokenizer: tiktoken.Encoding | None = None,
+    special_tokens: str = "parse",
+    on_text: Callable[[str], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> list[list[Continuation]]:
+    """``config.num_samples`` continuations of each prompt, drawn from a generator of its own, or found by beam search.
+
+    Each ends with end-of-text, before the first of the ``stop`` strings, or after ``config.max_new_tokens``. An empty
+    prompt stands for the beginning of a document, end-of-text. Of a single continuation ``on_text`` gets the text as it
+    becomes certain; ``on_step`` gets each step of :func:`~src.generation.decode.decode`.
+
+    Raises:
+        ValueError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    tokenizer = tokenizer or gpt2_tokenizer()
+    if net.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"the model knows {net.config.vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}: "
+            f"weights=<a model of {tokenizer.n_vocab:,} tokens>"
+        )
+    device = net.tok_emb.weight.device
+    rows = [text_to_token_ids(prompt, tokenizer, special_tokens).squeeze(0) for prompt in prompts]
+    rows = [row if len(row) else torch.tensor([tokenizer.eot_token]) for row in rows]
+    generator = torch.Generator(device).manual_seed(config.seed)
+    found: list[list[Continuation]] = []
+    together = max(ROWS // max(config.num_samples, config.num_beams), 1)
+    for first in range(0, len(rows), together):
+        tokens, padding = pad_left([row.to(device) for row in rows[first : first + together]])
+        options = {
+            "padding": padding,
+            "vocab_size": tokenizer.n_vocab,
+            "end_token": tokenizer.eot_token,
+            "stop": _stopper(stop, tokenizer),
+        }
+        if config.num_beams > 1:
+            beams = (config.num_beams, config.length_penalty, config.repetition_penalty)
+            for hypotheses in beam_search(net, tokens, config.max_new_tokens, *beams, **options):
+                best = hypotheses[: config.num_samples]
+                found.append([_continuation(h.tokens.tolist(), stop, tokenizer, h.score) for h in best])
+            continue
+        steps, stream = [], TextStream(stop, tokenizer)
+        options["num_samples"] = config.num_samples
+        for step in decode(net, tokens, config.max_new_tokens, config, generator, **options):
+            steps.append(step.tokens.cpu())
+            if on_step:
+                on_step(step)
+            if on_text:
+                on_text(stream.push(step.tokens[0].item()))
+        if on_text:
+            on_text(stream.finish())
+        written = [_continuation(row, stop, tokenizer) for row in torch.cat(steps, dim=1).tolist()]
+        found += [written[at : at + config.num_samples] for at in range(0, len(written), config.num_samples)]
+    return found
+
+
+def _continuation(
+    tokens: list[int], stop: Sequence[str], tokenizer: tiktoken.Encoding, score: float | None = None
+) -> Continuation:
+    stream, text, used = TextStream(stop, tokenizer), "", 0
+    for token in tokens:
+        text += stream.push(token)
+        used += 1
+        if stream.stopped:
+            break
+    return Continuation(text + stream.finish(), tokens[:used], score)
+
+
+def _stopper(stop: Iterable[str], tokenizer: tiktoken.Encoding) -> Callable[[Tensor], Tensor] | None:
+    """Whether the last token of each row ``(B, N)`` completes any of ``stop``; None without any."""
+    wanted = [text.encode(errors="surrogatepass") for text in stop if text]
+    if not wanted:
+        return None
+    longest = max(map(len, wanted))  # a token stands for a byte at least
+
+    def stops(tokens: Tensor) -> Tensor:
+        ends = [b"".join(token_bytes(token, tokenizer) for token in row) for row in tokens[:, -longest:].tolist()]
+        return torch.tensor([any(text in end for text in wanted) for end in ends], device=tokens.device)
+
+    return stops
