@@ -150,7 +150,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     import torch
     from lightning.pytorch import seed_everything
 
-    from src.training.checkpoint import newest_good_checkpoint, read_weights
+    from src.interop.weights import read_weights
+    from src.training.checkpoint import newest_good_checkpoint
     from src.training.device import device_name, keep_freed_memory
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.module import PretrainingModule

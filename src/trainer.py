@@ -24,7 +24,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
 
     from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
-    from src.training.checkpoint import SealedCheckpointIO
+    from src.training.checkpoint_io import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
 
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -17,18 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.cli import CONF
+from src.interop.weights import load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training import sealed
-from src.training.checkpoint import (
-    SealedCheckpointIO,
-    good_checkpoint,
-    load_weights,
-    newest_good_checkpoint,
-    read_checkpoint,
-    read_weights,
-    save_weights,
-)
+from src.training.checkpoint import good_checkpoint, newest_good_checkpoint, read_checkpoint
+from src.training.checkpoint_io import SealedCheckpointIO
 from src.training.sealed import DamagedError, write_atomically
 
 
@@ -102,7 +96,7 @@ def test_a_damaged_file_that_was_asked_for(tmp_path):
 SAVER = """
 import sys, torch
 from pathlib import Path
-from src.training.checkpoint import SealedCheckpointIO
+from src.training.checkpoint_io import SealedCheckpointIO
 weight = torch.zeros(4_000_000)
 print("ready", flush=True)
 for step in range(10**6):
@@ -154,7 +148,7 @@ def test_disk_that_fails_while_writing(tmp_path):
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from src.training.checkpoint import write_atomically\n"
+        "from src.training.sealed import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
         "content = {'state_dict': {'weight': torch.zeros(10**6)}}\n"
         "try: write_atomically(content, Path(sys.argv[1], 'last.ckpt'), Path(sys.argv[1], 'previous.ckpt'))\n"
@@ -236,10 +230,8 @@ def test_other_files_are_refused_in_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"damaged") as error:
         read_weights(path)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is no file or folder"):
         read_weights(tmp_path / "nothing.ckpt")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_weights(tmp_path)
 
 
 def test_weights_alone_are_sealed_too(tmp_path):

@@ -265,7 +265,7 @@ def test_progress_under_accumulation_is_the_steps_own(tiny_run, caplog):
 
 
 def test_checkpoint_writing_is_not_training(tiny_run, monkeypatch):
-    from src.training.checkpoint import SealedCheckpointIO
+    from src.training.checkpoint_io import SealedCheckpointIO
 
     save = SealedCheckpointIO.save_checkpoint
     slow = lambda self, *args, **kwargs: (time.sleep(0.5), save(self, *args, **kwargs))  # noqa: E731

@@ -8,10 +8,10 @@ import torch
 from conftest import FAST, column, metrics_of
 from torch.nn import functional as F
 
+from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import encode
-from src.training.checkpoint import load_weights, save_weights
 from src.training.module import PretrainingModule
 from src.training.optim import planned_steps
 

@@ -36,10 +36,10 @@ def beam_search(
 
     At each step the ``num_beams`` likeliest unfinished continuations of a prompt go on. One that ends among the
     likeliest ``num_beams`` is kept by its score (see :func:`~src.generation.decode.decode` for ``end_token``, ``stop``,
-    ``padding`` and ``vocab_size``). A search is over once ``num_beams`` are kept and the likeliest unfinished one, at its
-    present length, scores no better than the worst of them, as with Hugging Face's ``early_stopping=False``. A single
-    beam has nothing to weigh: it stops at its first end, and is greedy decoding. ``length_penalty`` above 0 favours long
-    hypotheses (Wu et al. 2016, section 7, has another form of it).
+    ``padding`` and ``vocab_size``). A search is over once ``num_beams`` are kept and the likeliest unfinished one,
+    at its present length, scores no better than the worst of them, as with Hugging Face's ``early_stopping=False``.
+    A single beam has nothing to weigh: it stops at its first end, and is greedy decoding. ``length_penalty`` above 0
+    favours long hypotheses (Wu et al. 2016, section 7, has another form of it).
 
     Raises:
         ValueError: an empty prompt, for which there is no next token.

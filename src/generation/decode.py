@@ -96,8 +96,8 @@ def decode(
     end_token: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Continue each of ``tokens`` ``(P, T)`` ``num_samples`` times, a :class:`Step` of all B = P * num_samples rows at a
-    time.
+    """Continue each of ``tokens`` ``(P, T)`` ``num_samples`` times, a :class:`Step` of all B = P * num_samples rows
+    at a time.
 
     A row ends with ``end_token``, or once ``stop`` of what it has got so far, ``(B, N)``, is true ``(B,)``; behind that
     it holds ``end_token`` (or 0). The prompts are read once, whatever ``num_samples``. See :class:`Context` for
@@ -143,8 +143,8 @@ def generate(
 
 
 def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Rows ``(T_i,)`` of different length as one batch ``(B, max T)`` aligned at its end, and its padding ``(B,)``, which
-    is None where they are all of one length."""
+    """Rows ``(T_i,)`` of different length as one batch ``(B, max T)`` aligned at its end, and its padding ``(B,)``,
+    which is None where they are all of one length."""
     longest = max(len(row) for row in rows)
     padding = torch.tensor([longest - len(row) for row in rows], device=rows[0].device)
     tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])

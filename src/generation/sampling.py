@@ -34,8 +34,8 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
 
 
 def penalise_repetition(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
-    """``logits`` ``(B, V)``, those of the tokens ``seen`` ``(B, L)`` divided by ``penalty``, or multiplied where they are
-    negative."""
+    """``logits`` ``(B, V)``, those of the tokens ``seen`` ``(B, L)`` divided by ``penalty``, or multiplied where
+    they are negative."""
     if penalty == 1 or seen is None:
         return logits
     scores = logits.gather(-1, seen)

@@ -10,8 +10,8 @@ class KVCache:
     """Preallocated keys and values of every layer, each ``(B, H, context_length, D)``.
 
     A plain value: made by the caller, passed to ``GPT.forward``, which appends to it. ``length`` is the number of
-    positions filled so far. Of rows of different length, aligned at their ends, the first ``padding`` ``(B,)`` of each are
-    never attended to, and its positions are counted from there.
+    positions filled so far. Of rows of different length, aligned at their ends, the first ``padding`` ``(B,)`` of
+    each are never attended to, and its positions are counted from there.
     """
 
     def __init__(

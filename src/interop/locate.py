@@ -1,0 +1,75 @@
+"""What ``weights=`` names, told from the file system alone."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+# Repositories of the Hugging Face hub, each pinned to a commit.
+HUB = {
+    "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
+    "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
+    "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
+}
+WEIGHTS_FILE, BOOK_FILE = "weights.pt", "model.pth"
+HUGGINGFACE_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+class Source(NamedTuple):
+    """``kind``: ``file``, ``run``, ``huggingface``, ``openai`` or ``hub``. ``path``: the file or folder."""
+
+    kind: str
+    path: Path
+
+
+def locate(weights: str, key: str = "weights") -> Source:
+    """Where ``weights`` are and of which kind.
+
+    Raises:
+        ValueError: nothing there, a folder without weights, or a name that is not known.
+    """
+    path = Path(weights).expanduser()
+    try:
+        if path.is_file():
+            return Source("openai", path.parent) if path.suffix == ".index" else Source("file", path)
+        if path.is_dir():
+            return _folder(path, key)
+        if path.with_name(f"{path.name}.index").is_file():  # TensorFlow's way to name a checkpoint
+            return Source("openai", path.parent)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError):
+            raise ValueError(f"{key}={weights} cannot be read ({error.strerror}): {key}=<a readable file>") from None
+        raise
+    name = weights.removeprefix("openai-community/")
+    if name in HUB:
+        return Source("hub", Path(name))
+    raise ValueError(
+        f"{key}={weights} is no file or folder (seen from {Path.cwd()}) and none of {', '.join(HUB)}: "
+        f"{key}=<run folder>, or {key}=gpt2"
+    )
+
+
+def _folder(path: Path, key: str) -> Source:
+    if (path / "checkpoints").is_dir() or any(path.glob("*.ckpt")):
+        return Source("run", path)
+    if any((path / name).is_file() for name in HUGGINGFACE_FILES):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{key}={path} has weights but no config.json, which says their shape: put it beside them")
+        return Source("huggingface", path)
+    if any(path.glob("*.index")):
+        if not (path / "hparams.json").is_file():
+            raise ValueError(f"{key}={path} has a checkpoint but no hparams.json: put OpenAI's beside it")
+        return Source("openai", path)
+    for name in WEIGHTS_FILE, BOOK_FILE, "model_and_optimizer.pth":
+        if (path / name).is_file():
+            return Source("file", path / name)
+    if jobs := sorted(job.parent.name for job in path.glob("*/checkpoints")):
+        raise ValueError(f"{key}={path} is a sweep of several runs: {key}={path / jobs[0]}")
+    raise ValueError(
+        f"{key}={path} is a folder without weights, such as checkpoints/, model.safetensors, model.ckpt.index or "
+        f"{BOOK_FILE}: {key}=<a folder that has them>"
+    )
