@@ -74,6 +74,19 @@ def launch(
             _fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
 
 
+def take_out(arguments: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
+    """``arguments`` without those that set any of ``keys``, and the values of these to the letter: Hydra's grammar
+    knows only some texts."""
+    left, taken = [], {key: [] for key in keys}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key.lstrip("+") in keys:
+            taken[key.lstrip("+")].append(value)
+        else:
+            left.append(argument)
+    return left, taken
+
+
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The config of a command, as its command line with ``overrides`` would compose it."""
     GlobalHydra.instance().clear()

@@ -1,10 +1,12 @@
 """Whether what is asked for can be the continuation of what a checkpoint holds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.model.config import GPTConfig
 from src.training.config import ScheduleConfig
 
 FREE = ("drop_rate", "init")  # of the model: what a continued run may change
@@ -17,6 +19,22 @@ def different_model(cfg: DictConfig, model: dict[str, Any], path: Path) -> list[
         for key, value in model.items()
         if key not in FREE and OmegaConf.select(cfg.model, key) != value
     ]
+
+
+def adopt_model(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> list[str]:
+    """Put the model of ``source`` into ``cfg``, which keeps its own dropout; or what else was asked for, a line each.
+
+    Asked for is what differs from the defaults.
+    """
+    default, asked = asdict(GPTConfig()), OmegaConf.to_container(cfg.model)
+    found = [
+        f"model.{key}={asked[key]} differs from {value} in weights={source}: leave model.{key} away"
+        for key, value in model.items()
+        if key not in FREE and asked[key] not in (value, default[key])
+    ]
+    if not found:
+        cfg.model.update({key: value for key, value in model.items() if key not in FREE})
+    return found
 
 
 def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:

@@ -55,13 +55,14 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
-    record, trainer, config = run.record, run.trainer, run.module.net.config
+    record, trainer = run.record, run.trainer
     windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    length = cfg.data.context_length
     fused = run.module.optimizer_config.fused
     card = {
         "parameters": f"{record['parameters']:,}",
         **run.datamodule.summary(),
-        "step": f"{windows * config.context_length:,} tokens ({windows} windows of {config.context_length})",
+        "step": f"{windows * length:,} tokens ({windows} windows of {length})",
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],

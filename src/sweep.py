@@ -13,28 +13,34 @@ log = logging.getLogger(__name__)
 
 
 class SweepTable(Callback):
-    """Prints every job of a sweep, the lowest validation loss first, and fails the sweep if any job failed."""
+    """Prints every job of a sweep, the lowest loss first, and fails the sweep if any job failed.
+
+    ``columns`` are the headings and the numbers of each job's ``record`` below them; the first one sorts.
+    """
+
+    def __init__(self, record: str = "run.json", columns: dict[str, str] | None = None) -> None:
+        self.record = record
+        self.columns = dict(columns or {"val loss": "val_loss"})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        rows = [(job, _outcome(job)) for job in sorted(folder.iterdir()) if (job / ".hydra").is_dir()]
+        rows = [(job, *self._outcome(job)) for job in sorted(folder.iterdir()) if (job / ".hydra").is_dir()]
         rows.sort(key=lambda row: row[1][0])
-        print(f"\n{'val loss':>10}  {'status':<10}  {'job':<4}  overrides")
-        for job, (loss, status, overrides) in rows:
-            print(f"{loss if math.isfinite(loss) else '-':>10.6}  {status:<10}  {job.name:<4}  {overrides}")
+        print("\n" + "".join(f"{heading:>10}  " for heading in self.columns) + f"{'status':<10}  {'job':<4}  overrides")
+        for job, numbers, status, overrides in rows:
+            shown = "".join(f"{number if math.isfinite(number) else '-':>10.6}  " for number in numbers)
+            print(f"{shown}{status:<10}  {job.name:<4}  {overrides}")
         print(f"sweep folder: {folder}")
-        failed = [job.name for job, (_, status, _) in rows if status not in ("completed", "checked")]
-        if failed:
+        if any(status not in ("completed", "checked") for _, _, status, _ in rows):
             raise SystemExit(1)
 
-
-def _outcome(job: Path) -> tuple[float, str, str]:
-    overrides = " ".join(
-        line[2:] for line in (job / ".hydra" / "overrides.yaml").read_text().splitlines() if line.startswith("- ")
-    )
-    try:
-        record = json.loads((job / "run.json").read_text())
-    except (OSError, ValueError):
-        return math.inf, "failed", overrides
-    loss = record.get("val_loss")
-    return (math.inf if loss is None else loss), record["status"], overrides
+    def _outcome(self, job: Path) -> tuple[list[float], str, str]:
+        overrides = " ".join(
+            line[2:] for line in (job / ".hydra" / "overrides.yaml").read_text().splitlines() if line.startswith("- ")
+        )
+        try:
+            record = json.loads((job / self.record).read_text())
+        except (OSError, ValueError):
+            return [math.inf] * len(self.columns), "failed", overrides
+        numbers = [record.get(key) for key in self.columns.values()]
+        return [math.inf if number is None else number for number in numbers], record["status"], overrides

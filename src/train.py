@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli, report
-from src.continuation import check_text, different_model, different_values, steps_of_schedule
+from src.continuation import adopt_model, check_text, different_model, different_values, steps_of_schedule
 from src.data.config import DataConfig
+from src.interop.locate import locate
 from src.model.config import GPTConfig
 from src.record import RunRecord, read_record
 from src.resume import command_line, requeue, resumed_overrides
@@ -70,12 +71,8 @@ def find_problems(cfg: DictConfig) -> list[str]:
     top, model, data, trainer, schedule, optimizer = (
         checked[key] for key in ("", "model", "data", "trainer", "schedule", "optimizer")
     )
-    if model.vocab_size < 50257:
-        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's 50257: model.vocab_size=50257")
-    if data.context_length != model.context_length:
-        found.append(
-            f"data.context_length={data.context_length} is not the model's: model.context_length={data.context_length}"
-        )
+    if not top.weights:  # which bring their own model
+        found += model_problems(model, data)
     if config["trainer"]["devices"] not in (1, "1", "auto") or trainer.num_nodes != 1:
         found.append(f"trainer.devices={config['trainer']['devices']}: one device for now: trainer.devices=1")
     if schedule.name == "warmup_cosine":
@@ -96,9 +93,29 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"schedule.{key}={getattr(schedule, key)} is above "
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
-    for key in ("ckpt_path", "weights"):
-        if not top.resume and (path := getattr(top, key)) is not None and not Path(path).is_file():
-            found.append(f"{key}={path} is no file (seen from {Path.cwd()}): {key}=<run folder>/checkpoints/last.ckpt")
+    if top.ckpt_path is not None and not top.resume and not Path(top.ckpt_path).is_file():
+        found.append(
+            f"ckpt_path={top.ckpt_path} is no file (seen from {Path.cwd()}): "
+            f"ckpt_path=<run folder>/checkpoints/last.ckpt"
+        )
+    if top.weights is not None and not top.resume:
+        try:
+            locate(top.weights)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def model_problems(model: GPTConfig, data: DataConfig) -> list[str]:
+    """Why the windows of ``data`` are nothing for the model, a line each."""
+    found = []
+    if model.vocab_size < 50257:
+        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's 50257: model.vocab_size=50257")
+    if data.context_length is None or data.context_length > model.context_length:
+        found.append(
+            f"data.context_length={data.context_length} is more than the model's {model.context_length}: "
+            f"model.context_length={data.context_length}, or data.context_length={model.context_length}"
+        )
     return found
 
 
@@ -160,7 +177,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
-        _refuse(different_model(cfg, asdict(model), cfg.weights))
+        _adopt(cfg, asdict(model), cfg.weights)
+        record.update(config=OmegaConf.to_container(cfg, resolve=True))
     trainer = build_trainer(cfg, folder, interruption)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
@@ -183,13 +201,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
-        try:
-            module.net.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"weights={cfg.weights} does not fit the model ({reason}): weights=<another file>"
-            ) from None
+        module.net.load_state_dict(weights)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer.checkpoint_callbacks:
         _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32
@@ -299,10 +311,19 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is a check that cannot be continued: "
             f"trainer.overfit_batches=0"
         )
+    if cfg.weights:
+        _adopt(cfg, checkpoint["hyper_parameters"]["model"], path)
     problems = different_model(cfg, checkpoint["hyper_parameters"]["model"], path)
     _refuse(problems + different_values(cfg, checkpoint, path))
     log.info("going on from step %d of %s", checkpoint["global_step"], path)
     return path, checkpoint
+
+
+def _adopt(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> None:
+    """Let the model be that of ``source``, unless another was asked for."""
+    _refuse(adopt_model(cfg, model, source))
+    checked, _ = cli.check_sections(cfg, {"model": GPTConfig, "data": DataConfig})
+    _refuse(model_problems(checked["model"], checked["data"]))
 
 
 def _refuse(problems: list[str]) -> None:

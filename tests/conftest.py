@@ -1,5 +1,8 @@
 import csv
 import itertools
+import runpy
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from src import cli
 from src.model.config import GPTConfig
 from src.train import Run, train
 
+TINY = ("model=gpt2_tiny", "model.context_length=16")
 WORDS = "the ferry bell rang over a brown river while nobody waited on the far side".split()
 
 
@@ -58,12 +62,11 @@ def tiny_run(tmp_path, text):
     on in an old one: ``tiny_run("data.stride=8", resume=folder)``."""
     numbers = itertools.count()
 
-    def run(*overrides: str, folder: Path | None = None, resume: Path | None = None) -> Run:
+    def run(*overrides: str, folder: Path | None = None, resume: Path | None = None, model=TINY) -> Run:
         cfg = cli.compose(
             "train",
             [
-                "model=gpt2_tiny",
-                "model.context_length=16",
+                *model,
                 f"data.path={text}",
                 "trainer.accelerator=cpu",
                 "trainer.precision=32-true",
@@ -133,3 +136,50 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("\n| promise | figure |\n|---|---|")
         for (promise, outcome), count in PASSED.items():
             terminalreporter.write_line(f"| {promise} | {count} of {count} {outcome} |")
+
+
+@pytest.fixture(scope="session")
+def small_net():
+    """A model with GPT-2's vocabulary whose next tokens are no toss-up: its weights are large."""
+    import torch
+
+    from src.model.gpt import GPT
+
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(context_length=32, emb_dim=32, n_heads=4, n_layers=2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(6)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def small_weights(small_net, tmp_path_factory) -> Path:
+    from src.interop.weights import save_weights
+
+    path = tmp_path_factory.mktemp("weights") / "weights.pt"
+    save_weights(small_net, path)
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """``command("generate", "weights=x", ...)`` is ``python -m src.generate weights=x ...`` in this process: its exit
+    status, stdout and stderr."""
+    import logging
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"src/{name}.py", *arguments])
+        handlers = list(logging.getLogger().handlers)
+        status = 0
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that it is imported already
+                runpy.run_module(f"src.{name}", run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            logging.getLogger().handlers[:] = handlers
+        return (status, *capfd.readouterr())
+
+    return run

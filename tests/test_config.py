@@ -11,17 +11,26 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from src import cli
+from src import cli, evaluate, export, generate
 from src.model.config import GPTConfig
 from src.train import find_problems
 
 FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 
 
+OTHERS = {"generate": generate, "evaluate": evaluate, "export": export}
+
+
 @pytest.mark.parametrize("file", FILES)
-def test_every_yaml_composes_and_builds(file, tmp_path):
+def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     group, _, name = file.rpartition("/")
     overrides = [f"{group}={name}"] if group else []
+    command = "generate" if group == "generation" else file
+    if command in OTHERS:
+        overrides += [f"weights={small_weights}", *([f"output={tmp_path / 'out'}"] if command == "export" else [])]
+        raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
+        assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
+        return
     if file in ("data/text", "experiment/gpt2_124m"):
         overrides.append(f"data.path={tmp_path}")
     cfg = cli.compose(file if not group else "train", overrides)
@@ -100,6 +109,7 @@ BAD = {
     "trainer.max_epochs=-1": "trainer.max_steps=",
     "ckpt_path=nowhere.ckpt": "ckpt_path=",
     "weights=nowhere.ckpt": "weights=",
+    "weights=gpt3": "none of gpt2, gpt2-medium, gpt2-large, gpt2-xl",
     "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.2",
     "seed=[": "seed=[ is no override",
     "callbacks.text_sample=1": "callbacks.text_samples",

@@ -22,7 +22,20 @@ ALLOWED = {
     "training": {"training", "generation", "model", "tokenizer"},
     "callbacks": {"callbacks", "training", "generation", "model", "tokenizer"},
 }
-ENTRIES = {"train", "verify_resume", "cli", "record", "report", "resume", "continuation", "sweep", "trainer"}
+ENTRIES = {
+    "train",
+    "generate",
+    "evaluate",
+    "export",
+    "verify_resume",
+    "cli",
+    "record",
+    "report",
+    "resume",
+    "continuation",
+    "sweep",
+    "trainer",
+}
 
 
 def tracked(*patterns: str) -> list[str]:
@@ -72,6 +85,8 @@ def test_files_can_be_read_in_one_sitting():
     lengths = {path: (ROOT / path).read_text().count("\n") for path in tracked("src/*.py")}
     long = {path: lines for path, lines in lengths.items() if lines > 160}
     assert set(long) <= {
+        "src/generate.py",  # every way for a prompt to come in and for a text to go out
+        "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
         "src/train.py",  # the main job from the overrides to the summary, told in one place
         "src/cli.py",  # all that stands between a mistyped override and its one-line answer
         "src/training/config.py",  # five sections of the config with all their limits

@@ -1,17 +1,25 @@
 """Every command that the README shows composes, and the figures of its tables come from commands that it shows."""
 
+import functools
 import re
 import shlex
+import sys
 
 import pytest
 
-from src import cli, verify_resume
+from src import cli, evaluate, export, generate, verify_resume
 from src.train import find_problems
 
 README = (cli.CONF.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-CHECKS = {"train": find_problems, "verify_resume": verify_resume.find_problems}
+CHECKS = {
+    "train": find_problems,
+    "verify_resume": verify_resume.find_problems,
+    "generate": generate.find_problems,
+    "evaluate": evaluate.find_problems,
+    "export": export.find_problems,
+}
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
 
@@ -23,12 +31,21 @@ def test_two_set_up_commands_are_one_line_each():
 
 
 @pytest.mark.parametrize(("name", "arguments"), OWN)
-def test_commands_compose(name, arguments, tmp_path):
+def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     file = tmp_path / "given.txt"
     file.write_text("text")
     overrides = shlex.split(arguments, comments=True)
-    overrides = [re.sub(r"=(outputs|my|path)\S*$", f"={file}", override) for override in overrides]
-    assert cli._find_problems(name, overrides, CHECKS[name]) == []
+    check = CHECKS[name]
+    if name == "generate":
+        overrides, raw = cli.take_out(overrides, generate.RAW)
+        raw["prompt_file"] = [str(file) for _ in raw["prompt_file"]]
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        check = functools.partial(check, raw=raw)
+    overrides = [
+        override if override.startswith("output=") else re.sub(r"=(outputs|my|path)\S*$", f"={file}", override)
+        for override in overrides
+    ]
+    assert cli._find_problems(name, overrides, check) == []
 
 
 def test_config_table_names_keys_that_exist():

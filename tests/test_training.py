@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import FAST, column, metrics_of
 from torch.nn import functional as F
 
+from src.interop.huggingface import write_huggingface
 from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
@@ -201,6 +204,41 @@ def test_weights_alone(tiny_run, tmp_path):
         "model.tie_weights=true", f"weights={path}", "trainer.max_steps=1", "callbacks=none", "eval.every_steps=1"
     )
     assert column(continued, "val/loss")[0] < 10.82  # not a fresh draw
+
+
+def test_the_model_comes_from_the_weights(tiny_run, tmp_path):
+    config = GPTConfig(50304, 24, 16, 2, 1, qkv_bias=True, tie_weights=True)
+    net = GPT(config)
+    write_huggingface(tmp_path, config, net.state_dict(), None)
+    overrides = (f"weights={tmp_path}", "trainer.max_steps=2", "callbacks=none", "optimizer.learning_rate=1e-9",
+                 "model.drop_rate=0.2")  # fmt: skip
+    tiny_run = partial(tiny_run, model=())
+    run = tiny_run(*overrides)
+    assert run.module.net.config == replace(config, drop_rate=0.2)
+    assert run.record["config"]["model"]["n_layers"] == 1
+    assert run.datamodule.config.context_length == 24
+    torch.testing.assert_close(run.module.net.pos_emb.weight, net.pos_emb.weight, atol=1e-6, rtol=0)
+    assert run.module.net.head.weight is run.module.net.tok_emb.weight
+    shorter = tiny_run(*overrides, "data.context_length=8")
+    assert shorter.module.net.config == run.module.net.config
+    assert shorter.record["tokens_seen"] == 2 * 2 * 8
+    with pytest.raises(ValueError, match=r"model\.n_layers=7 differs from 1 in weights=.*: leave model\.n_layers away"):
+        tiny_run(*overrides, "model.n_layers=7")
+    with pytest.raises(ValueError, match=r"data\.context_length=25 is more than the model's 24"):
+        tiny_run(*overrides, "data.context_length=25")
+
+
+def test_a_run_that_began_with_weights_goes_on_without_them(tiny_run, tmp_path):
+    config = GPTConfig(50257, 24, 16, 2, 1, qkv_bias=True, tie_weights=True)
+    write_huggingface(tmp_path, config, GPT(config).state_dict(), None)
+    overrides = (f"weights={tmp_path}", "callbacks=none", "schedule=constant")
+    tiny_run = partial(tiny_run, model=())
+    whole = tiny_run(*overrides, "trainer.max_steps=5")
+    cut = tiny_run(*overrides, "trainer.max_steps=3")
+    (tmp_path / "model.safetensors").unlink()
+    rest = tiny_run(*overrides, "trainer.max_steps=5", resume=cut.folder)
+    assert column(rest, "train/loss") == column(whole, "train/loss")
+    assert torch.equal(rest.module.net.tok_emb.weight, whole.module.net.tok_emb.weight)
 
 
 def test_continued_run_trains_every_epoch_in_its_own_order(tiny_run):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class DataConfig:
     """Where the text comes from and how it is cut into windows; ``conf/data`` explains each key."""
 
-    context_length: int = 256
+    context_length: int | None = 256  # None: the model's, where a model is at hand
     path: str | None = None
     url: str | None = None
     mirrors: list[str] | None = None
@@ -24,7 +24,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         found = []
-        if self.context_length < 1:
+        if self.context_length is not None and self.context_length < 1:
             found.append(f"data.context_length={self.context_length} must be at least 1: model.context_length=256")
         if self.batch_size < 1:
             found.append(f"data.batch_size={self.batch_size} must be at least 1: data.batch_size=2")

@@ -1,12 +1,6 @@
 """How to choose the next token, how many of them, and what makes that impossible."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -14,10 +8,11 @@ class Sampling:
     """How one next token is chosen; see :func:`~src.generation.sampling.filter_logits`.
 
     ``temperature=0`` takes the likeliest. ``top_k=None`` or 0, ``top_p=None`` or 1, ``min_p=None`` or 0 and
-    ``repetition_penalty=1`` leave the distribution as it is. A temperature of shape ``(B, 1)`` gives each row its own.
+    ``repetition_penalty=1`` leave the distribution as it is. A temperature that is a tensor ``(B, 1)`` gives each
+    row its own.
     """
 
-    temperature: float | Tensor = 0.0
+    temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None

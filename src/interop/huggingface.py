@@ -1,7 +1,6 @@
-"""Hugging Face folders: read, written, and fetched once from the hub."""
+"""Hugging Face folders, read and written."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.interop.locate import HUB, HUGGINGFACE_FILES
+from src.interop.locate import HUGGINGFACE_FILES
 from src.interop.names import RefusedError, from_ours, to_ours
 from src.model.config import GPTConfig
 from src.training.sealed import read_sealed
@@ -25,37 +24,6 @@ DEFAULTS = {  # of transformers' GPT2Config; and what of it this model computes
     "scale_attn_by_inverse_layer_idx": (False, (False,)),
     "add_cross_attention": (False, (False,)),
 }
-
-
-def fetch(name: str, key: str) -> Path:
-    """The folder of the pinned revision of ``name``: from the hub's cache, or else from the hub.
-
-    Raises:
-        ValueError: it is not in the cache and cannot be fetched.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    repository, revision = HUB[name]
-    options = {"revision": revision, "allow_patterns": ["config.json", "model.safetensors"]}
-    try:
-        found = Path(snapshot_download(repository, local_files_only=True, **options))
-        if (found / "config.json").is_file() and (found / "model.safetensors").is_file():
-            return found
-    except (OSError, ValueError):
-        pass  # not there yet
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        # Without a network the download alone would try for half a minute.
-        get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision), timeout=20)
-        return Path(snapshot_download(repository, **options))
-    except Exception as error:  # whatever its client raises without a network
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"{key}={name} is not in the Hugging Face cache and could not be fetched ({reason}): {key}=<copy> "
-            f"made elsewhere by hf download {repository} --revision {revision} --local-dir <copy>"
-        ) from None
 
 
 def read_huggingface(folder: Path, refuse: Callable[[str], RefusedError]) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from src.interop.book import is_book, read_book
-from src.interop.huggingface import fetch, read_huggingface
+from src.interop.hub import fetch
+from src.interop.huggingface import read_huggingface
 from src.interop.locate import locate
 from src.interop.names import RefusedError, to_ours
 from src.interop.openai import read_openai
@@ -58,9 +59,9 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
         raise refuse("; ".join(str(error).splitlines())) from None  # numbers that no model can have
 
 
-def load_weights(weights: str | Path, device: torch.device | str = "cpu") -> GPT:
+def load_weights(weights: str | Path, device: torch.device | str = "cpu", key: str = "weights") -> GPT:
     """The model that ``weights`` names, in evaluation mode. See :func:`read_weights`."""
-    return build(*read_weights(weights)).to(device).eval()
+    return build(*read_weights(weights, key)).to(device).eval()
 
 
 def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:

@@ -7,8 +7,9 @@ import torch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
-def pick_accelerator(accelerator: str) -> str:
+def pick_accelerator(accelerator: str, key: str = "trainer.accelerator") -> str:
     """``accelerator``, with ``auto`` and ``gpu`` resolved to ``cuda``, ``mps`` or ``cpu`` as Lightning would.
+    ``key`` is the override that named it.
 
     Raises:
         ValueError: an accelerator that this machine does not have.
@@ -18,7 +19,7 @@ def pick_accelerator(accelerator: str) -> str:
     for name in wanted:
         if present.get(name, True):
             return name
-    raise ValueError(f"trainer.accelerator={accelerator} is not on this machine: trainer.accelerator=auto")
+    raise ValueError(f"{key}={accelerator} is not on this machine: {key}=auto")
 
 
 def pick_precision(accelerator: str) -> str:

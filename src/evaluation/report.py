@@ -1,0 +1,74 @@
+"""An evaluation as pictures and a table."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from src.evaluation.losses import TextLoss
+from src.tokenizer import token_bytes
+
+if TYPE_CHECKING:
+    import tiktoken
+    from matplotlib.figure import Figure
+
+BEFORE = 12  # tokens shown before a surprising one
+
+
+def write_report(found: TextLoss, tokens: np.ndarray, tokenizer: tiktoken.Encoding, folder: Path) -> None:
+    """Into ``folder``: ``plots/loss_by_position.png``, and, if any were asked for, the tokens that surprised most as
+    a table, ``surprises.md``, and as ``plots/surprises.png``."""
+
+    def text(part) -> str:
+        whole = b"".join(token_bytes(int(token), tokenizer) for token in part)
+        return repr(whole.decode(errors="replace"))[1:-1]
+
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    loss_by_position(found.by_position).savefig(plots / "loss_by_position.png", dpi=120)
+    if not found.surprises:
+        return
+    rows, labels = ["| loss | probability | before | token | likeliest instead |", "|---|---|---|---|---|"], []
+    for surprise in found.surprises:
+        before = text(tokens[max(surprise.at - BEFORE, 0) : surprise.at])
+        token, expected = text([surprise.token]), text([surprise.expected])
+        cells = [f"{part.replace('|', chr(92) + '|')}" for part in (before, token, expected)]
+        shown = " | ".join(f"`` {cell} ``" for cell in cells)
+        rows.append(f"| {surprise.loss:.2f} | {math.exp(-surprise.loss):.1e} | {shown} |")
+        labels.append(f"{before[-30:]} [{token}]")
+    (folder / "surprises.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font does not have
+        most_surprising(labels, [one.loss for one in found.surprises]).savefig(plots / "surprises.png", dpi=120)
+
+
+def loss_by_position(means: np.ndarray) -> Figure:
+    """Mean loss over the number of tokens of context, ``(T,)``, NaN where there is none."""
+    figure, axes = _axes(6, 4)
+    axes.plot(np.arange(1, len(means) + 1), means, linewidth=1)
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("loss (nats per token)")
+    return figure
+
+
+def most_surprising(labels: list[str], losses: list[float]) -> Figure:
+    """The most surprising tokens, each with the words before it, the worst on top."""
+    figure, axes = _axes(8, 0.6 + 0.28 * len(labels))
+    places = np.arange(len(labels))[::-1]
+    axes.barh(places, losses)
+    axes.set_yticks(places, [label.replace("$", r"\$") for label in labels], fontsize=8, family="monospace")
+    axes.set_xlabel("loss (nats)")
+    return figure
+
+
+def _axes(width: float, height: float):
+    from matplotlib.figure import Figure  # draws without pyplot: no display, no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes

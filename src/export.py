@@ -1,0 +1,148 @@
+"""A model for other tools: ``python -m src.export weights=<x> format=<f> output=<folder>``. See
+``conf/export.yaml``."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from src import cli
+from src.interop.locate import WEIGHTS_FILE, locate
+from src.record import read_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.model.config import GPTConfig
+    from src.model.gpt import GPT
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("huggingface", "book", "weights")
+POSITIONS = 64  # at which the logits are compared
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The keys of ``conf/export.yaml``."""
+
+    weights: str = ""
+    format: str = "huggingface"
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format} is none of {', '.join(FORMATS)}: format=huggingface")
+
+
+def find_problems(cfg: DictConfig) -> list[str]:
+    """Everything wrong with ``cfg`` that can be known without reading the weights."""
+    _, found = cli.check_sections(cfg, {"": ExportConfig})
+    try:
+        locate(cfg.weights)
+    except ValueError as error:
+        found.append(str(error))
+    output = Path(str(cfg.output)).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        found.append(f"output={output} is there already: output=<a new folder>")
+    return found
+
+
+def export(cfg: DictConfig) -> float:
+    """Write the model to a new folder, read it again, and return the largest difference of logits.
+
+    The folder appears once everything in it is written and found to be the same model.
+
+    Raises:
+        ValueError: the problems of the config; weights that cannot be read; a copy that differs.
+    """
+    if problems := find_problems(cfg):
+        raise ValueError("\n".join(problems))
+    from src.interop.weights import build, load_weights, read_weights
+
+    output = Path(cfg.output).expanduser()
+    part = output.with_name(f"{output.name}.part")
+    config, weights = _unpadded(*read_weights(cfg.weights))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        _write(part, cfg.format, config, weights, _record_of(cfg.weights), output.name)
+        net = build(config, weights).eval()
+        difference = _largest_difference(net, load_weights(part, key="output"))
+        if difference > 1e-4:
+            raise ValueError(f"output={output} would be another model, its logits differ by up to {difference:.1e}")
+        if output.exists():
+            output.rmdir()
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    print(f"{output}: {parameters:,} parameters, {', '.join(sorted(file.name for file in output.iterdir()))}")
+    positions = min(POSITIONS, config.context_length)
+    print(f"read again, the largest difference of a logit is {difference:g}, at {positions} positions")
+    return difference
+
+
+def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Without the rows of a padded vocabulary, which stand for no token."""
+    from src.tokenizer import gpt2_tokenizer
+
+    n_vocab = gpt2_tokenizer().n_vocab
+    if config.vocab_size <= n_vocab:
+        return config, weights
+    log.info("leaving %d padded rows of the vocabulary out", config.vocab_size - n_vocab)
+    cut = {name: weights[name][:n_vocab] for name in ("tok_emb.weight", "head.weight")}
+    return replace(config, vocab_size=n_vocab), {**weights, **cut}
+
+
+def _write(
+    folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor], record: dict[str, Any], name: str
+) -> None:
+    if kind == "weights":
+        from src.interop.weights import build, save_weights
+
+        save_weights(build(config, weights), folder / WEIGHTS_FILE)
+    elif kind == "book":
+        from src.interop.book import write_book
+
+        write_book(folder, config, weights)
+    else:
+        from src.interop.huggingface import write_huggingface
+        from src.interop.model_card import model_card
+        from src.interop.tokenizer_files import write_tokenizer
+        from src.tokenizer import gpt2_tokenizer
+
+        tokenizer = gpt2_tokenizer()
+        fits = config.vocab_size >= tokenizer.n_vocab
+        write_huggingface(folder, config, weights, tokenizer.eot_token if fits else None)
+        if fits:
+            write_tokenizer(folder, tokenizer, config.context_length)
+        else:
+            log.warning("no tokenizer files: the model knows %d tokens, the tokenizer more", config.vocab_size)
+        (folder / "README.md").write_text(model_card(config, record, name), encoding="utf-8")
+
+
+def _record_of(weights: str) -> dict[str, Any]:
+    kind, path = locate(weights)
+    if kind == "run":
+        return read_record(path.parent if path.name == "checkpoints" else path)
+    return read_record(path.parent.parent) if path.parent.name == "checkpoints" else {}
+
+
+def _largest_difference(net: GPT, other: GPT) -> float:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    length = min(POSITIONS, net.config.context_length)
+    tokens = torch.randint(net.config.vocab_size, (1, length), generator=generator)
+    with torch.no_grad():
+        return (net(tokens) - other(tokens)).abs().max().item()
+
+
+if __name__ == "__main__":
+    cli.launch("export", export, find_problems)

@@ -1,0 +1,278 @@
+"""``python -m src.evaluate``: every token of the split counts once, whatever the batch."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from src import evaluate
+from src.cli import compose
+from src.data.corpus import read_corpus
+from src.data.tokens import split_tokens
+from src.evaluation.losses import _batches, text_loss, unigram_loss
+from src.evaluation.tasks import lambada, likelihoods, multiple_choice, read_passages, read_questions
+from src.interop.weights import save_weights
+from src.model.config import GPTConfig
+from src.model.gpt import GPT
+from src.tokenizer import encode, gpt2_tokenizer, token_byte_counts
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=256, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.2))
+
+
+def one_by_one(net: GPT, tokens: np.ndarray, length: int, stride: int) -> np.ndarray:
+    """The loss of each token but the first, each computed from a window of its own: the first one that holds it."""
+    net.eval()
+    losses = []
+    for target in range(1, len(tokens)):
+        start = max(-(-(target - length) // stride), 0) * stride
+        row = torch.from_numpy(tokens[start : target + 1].astype(np.int64))[None]
+        with torch.no_grad():
+            losses.append(F.cross_entropy(net(row[:, :-1])[0, -1:], row[0, -1:]).item())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("stride", [16, 5, 1])
+@pytest.mark.parametrize("count", [2, 9, 16, 17, 18, 60])
+def test_every_token_counts_once_whatever_the_batch(net, count, stride):
+    tokens = np.random.default_rng(0).integers(256, size=count).astype(np.uint16)
+    expected = one_by_one(net, tokens, 16, stride)
+    byte_counts = np.arange(256)
+    for batch_size in 1, 3, 64:
+        net.train()
+        found = text_loss(net, tokens, 16, stride, batch_size, byte_counts, surprises=5)
+        assert net.training
+        assert found.tokens == count - 1
+        assert found.loss == pytest.approx(expected.mean(), abs=1e-6)
+        assert found.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-6)
+        assert found.bytes == byte_counts[tokens[1:]].sum()
+        worst = np.sort(expected)[::-1][:5]
+        assert [one.loss for one in found.surprises] == pytest.approx(worst.tolist(), abs=1e-5)
+        for one in found.surprises:
+            assert one.token == tokens[one.at]
+            assert one.loss == pytest.approx(expected[one.at - 1], abs=1e-5)
+
+
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9))
+def test_windows_cover_every_target_once(count, length, stride, batch_size):
+    stride = min(stride, length)
+    seen = []
+    for starts, window, scored in _batches(count, length, stride, batch_size):
+        assert len(starts) <= batch_size
+        assert 0 < scored <= window <= length
+        for start in starts:
+            seen += range(start + window - scored + 1, start + window + 1)
+    assert seen == list(range(1, count))
+
+
+def test_loss_by_position(net):
+    tokens = np.random.default_rng(0).integers(256, size=16 * 3 + 8).astype(np.uint16)
+    found = text_loss(net, tokens, 16, batch_size=2)
+    losses = one_by_one(net, tokens, 16, 16)
+    whole, rest = losses[:48].reshape(3, 16), losses[48:]
+    expected = [(whole[:, at].sum() + (rest[at] if at < 7 else 0)) / (4 if at < 7 else 3) for at in range(16)]
+    assert found.by_position.tolist() == pytest.approx(expected, abs=1e-5)
+    assert found.whole_windows == pytest.approx(whole.mean(), abs=1e-6)
+    strided = text_loss(net, tokens[:33], 16, stride=4)
+    assert np.isfinite(strided.by_position).all()
+    assert math.isnan(strided.whole_windows)
+
+
+def test_uniform_and_unigram_baselines():
+    silent = GPT(GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
+    torch.nn.init.zeros_(silent.head.weight)
+    tokens = np.array([1, 2, 2, 3, 2, 1], dtype=np.uint16)
+    assert text_loss(silent, tokens, 8).loss == pytest.approx(math.log(50), abs=1e-6)
+    counts = np.bincount(tokens, minlength=50) + 1
+    expected = -np.mean([math.log(counts[token] / counts.sum()) for token in tokens[1:]])
+    assert unigram_loss(tokens, tokens, 50) == pytest.approx(expected)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokens():
+    silent = GPT(GPTConfig(context_length=8, emb_dim=8, n_heads=2, n_layers=1))
+    torch.nn.init.zeros_(silent.head.weight)
+    tokens = encode("x the river did not say<|endoftext|>and so")
+    found = text_loss(silent, tokens, 8, byte_counts=token_byte_counts())
+    bits = math.log2(50257) * (len(tokens) - 1)
+    assert found.bits_per_byte == pytest.approx(bits / len(" the river did not sayand so"))
+
+
+@pytest.fixture
+def run(small_weights, text, tmp_path):
+    def evaluated(*overrides: str, weights=small_weights) -> dict:
+        cfg = compose("evaluate", [f"weights={weights}", f"data.path={text}", *overrides])
+        return evaluate.evaluate(cfg, tmp_path)
+
+    return evaluated
+
+
+def test_it_agrees_with_training(tiny_run, run):
+    """The loss of whole windows is what the run said of itself."""
+    trained = tiny_run("trainer.max_steps=3", "callbacks=none")
+    checkpoint = trained.folder / "checkpoints" / "last.ckpt"
+    for split, key in ("val", "val_loss"), ("train", "train_loss"):
+        found = run(f"split={split}", weights=checkpoint)
+        assert found["loss_of_whole_windows"] == pytest.approx(trained.record[key], abs=1e-6)
+        assert found["loss"] == pytest.approx(found["loss_of_whole_windows"], rel=0.05)
+    assert found["data_sha256"] == trained.record["data_sha256"]
+
+
+def test_the_same_for_batch_sizes_1_3_and_64(run):
+    found = [run(f"data.batch_size={size}", "surprises=0") for size in (1, 3, 64)]
+    for key in "loss", "perplexity", "bits_per_byte":
+        assert [one[key] for one in found] == pytest.approx([found[0][key]] * 3, rel=1e-6)
+
+
+def test_splits(run, text):
+    tokens = {split: run(f"split={split}")["tokens"] for split in ("train", "val", "all")}
+    train, val = split_tokens(read_corpus(str(text)), 0.9, gpt2_tokenizer())
+    assert tokens == {"train": len(train) - 1, "val": len(val) - 1, "all": len(encode(text.read_text())) - 1}
+
+
+def test_what_it_leaves(run, tmp_path):
+    found = run("surprises=7")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    assert found["uniform_loss"] == pytest.approx(math.log(50257))
+    assert 2 < found["unigram_loss"] < found["uniform_loss"]
+    assert len(found["loss_by_position"]) == 32
+    rows = (tmp_path / "surprises.md").read_text().splitlines()
+    assert len(rows) == 2 + 7
+    losses = [float(row.split("|")[1]) for row in rows[2:]]
+    assert losses == sorted(losses, reverse=True)
+    from matplotlib.image import imread
+
+    for name in "loss_by_position", "surprises":
+        image = imread(tmp_path / "plots" / f"{name}.png")
+        assert image.std() > 0.02
+
+
+def test_several_weights_give_one_table(command, small_weights, tiny_run, text, tmp_path, monkeypatch):
+    trained = tiny_run("trainer.max_steps=1", "callbacks=none")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(
+        "evaluate", "-m", f"weights={small_weights},{trained.folder}", f"data.path={text}", "surprises=0"
+    )
+    assert status == 0, err
+    table = out[out.index("      loss  perplexity   bits/byte") :].splitlines()
+    assert [row.split()[4] for row in table[1:3]] == ["1", "0"]  # the lower loss first
+    losses = [json.loads(file.read_text())["loss"] for file in sorted(tmp_path.glob("outputs/*/*/*/evaluation.json"))]
+    assert [float(row.split()[0]) for row in table[1:3]] == pytest.approx(sorted(losses), rel=1e-4)
+
+
+def test_likelihoods_are_those_of_the_text(small_net):
+    tokenizer = gpt2_tokenizer()
+    pairs = [("The river did not", " say"), ("", "So"), ("a " * 60, "long one ends here"), ("It was for you ", "all")]
+    found = likelihoods(small_net, pairs, tokenizer, batch_size=3)
+    for (context, continuation), one in zip(pairs, found, strict=True):
+        whole = encode(context + continuation).tolist()
+        count = len(whole) - len(encode(context.rstrip()))
+        whole = whole if context else [tokenizer.eot_token, *whole]
+        whole = torch.tensor(whole[-33:])[None]
+        with torch.no_grad():
+            steps = small_net(whole[:, :-1])[0, -count:].log_softmax(-1)
+        expected = steps.gather(-1, whole[0, -count:, None]).sum().item()
+        assert one.log_probability == pytest.approx(expected, abs=1e-3)
+        assert one.greedy == bool((steps.argmax(-1) == whole[0, -count:]).all())
+    with pytest.raises(ValueError, match="33 tokens"):
+        likelihoods(small_net, [("a", " b" * 33)], tokenizer)
+
+
+def greedy_word(net: GPT, context: str) -> str:
+    with torch.no_grad():
+        token = net(torch.from_numpy(encode(context).astype(np.int64))[None])[0, -1].argmax().item()
+    return gpt2_tokenizer().decode([token])
+
+
+def test_lambada_counts_last_words(small_net, tmp_path):
+    contexts = [c for c in (f"It was {n} and" for n in range(200)) if greedy_word(small_net, c)[1:].isalpha()]
+    contexts = [c for c in contexts if greedy_word(small_net, c).startswith(" ")][:3]
+    lines = [c + greedy_word(small_net, c) for c in contexts] + ["It was never so"]
+    file = tmp_path / "lambada.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    found = lambada(small_net, read_passages(str(file)), gpt2_tokenizer(), batch_size=3)
+    assert found["accuracy"] == 0.75
+    assert found["passages"] == 4
+    words = [(line.rpartition(" ")[0], " " + line.rpartition(" ")[2]) for line in lines]
+    mean = sum(one.log_probability for one in likelihoods(small_net, words, gpt2_tokenizer())) / 4
+    assert found["perplexity"] == pytest.approx(math.exp(-mean))
+
+
+def test_multiple_choice_with_and_without_normalisation(small_net, tmp_path):
+    question = {
+        "activity_label": "Rowing", "ctx_a": "A ferry crosses.", "ctx_b": "the woman", "ind": 3,
+        "endings": ["pulls.", "sings a long song about the river [step] and the rain", "is"],
+    }  # fmt: skip
+    texts = ["pulls.", "sings a long song about the river and the rain", "is"]
+    pairs = [("Rowing: A ferry crosses. The woman", f" {text}") for text in texts]
+    scores = [one.log_probability for one in likelihoods(small_net, pairs, gpt2_tokenizer())]
+    best = scores.index(max(scores))
+    per_character = [score / len(text) for score, text in zip(scores, texts, strict=True)]
+    best_normalised = per_character.index(max(per_character))
+    assert best != best_normalised
+    file = tmp_path / "choices.jsonl"
+    for label in range(3):
+        file.write_text(json.dumps({**question, "label": str(label)}) + "\n\n")
+        found = multiple_choice(small_net, read_questions(str(file)), gpt2_tokenizer())
+        assert found == {"accuracy": label == best, "accuracy_normalised": label == best_normalised, "questions": 1}
+
+
+def test_tasks_through_the_command(command, small_weights, text, tmp_path):
+    words, choices = tmp_path / "words.jsonl", tmp_path / "choices.jsonl"
+    words.write_text('{"text": "It was for you"}\n')
+    choices.write_text('{"ctx": "So", "endings": ["it", "was"], "label": 1}\n')
+    status, out, _ = command(
+        "evaluate", f"weights={small_weights}", f"data.path={text}", f"lambada={words}", f"multiple_choice={choices}",
+        f"hydra.run.dir={tmp_path / 'out'}", "surprises=3",
+    )  # fmt: skip
+    assert status == 0
+    for line in "lambada accuracy", "lambada perplexity", "multiple choice accuracy normalised", "unigram loss":
+        assert f"\n{line} " in out
+    assert (tmp_path / "out" / "evaluate.log").exists()
+
+
+BAD = {
+    "weights=nowhere": "none of gpt2",
+    "weights=W split=test": "split=val",
+    "weights=W stride=0": "stride=null",
+    "weights=W stride=33": "stride=32",
+    "weights=W context_length=64": "context_length=32",
+    "weights=W data.path=nowhere": "data.path=nowhere does not exist",
+    "weights=W lambada=nowhere": "lambada=nowhere is no file",
+    "weights=W lambada=W": "lambada=",
+    "weights=W lambada=E": "is empty",
+    "weights=W lambada=L": "line 2 has no text of several words",
+    "weights=W multiple_choice=L": "line 1 has no ctx, endings and label",
+    "weights=W multiple_choice=T": "line 1 is no JSON",
+    "weights=W surprises=-1": "surprises=20",
+    "weights=W device=quantum": "device=auto",
+    "weights=W data.batch_size=0": "data.batch_size=2",
+    "weights=W splt=val": "split",
+    "weights=S": "knows 61 tokens",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_mistakes_are_one_line_with_their_cure(command, small_weights, text, tmp_path, arguments):
+    cure = BAD[arguments]
+    small = GPT(GPTConfig(61, 16, 24, 3, 2))
+    save_weights(small, tmp_path / "small.pt")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "lines").write_text('{"text": "two words"}\n{"text": "one"}\n')
+    for letter, file in ("W", small_weights), ("S", tmp_path / "small.pt"), ("E", tmp_path / "empty"), ("T", text):
+        arguments = arguments.replace(f"={letter}", f"={file}")
+    arguments = arguments.replace("=L", f"={tmp_path / 'lines'}")
+    given = [f"data.path={text}"] if "data.path" not in arguments else []
+    status, out, err = command("evaluate", *arguments.split(), *given, f"hydra.run.dir={tmp_path / 'out'}")
+    assert status == 1
+    said = [line for line in (out + err).splitlines() if "error: " in line]
+    assert len(said) == 1, out + err
+    assert cure in said[0]
+    assert "Traceback" not in out + err

@@ -1,0 +1,146 @@
+"""``python -m src.export``: other tools take it from there."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from src.generation.decode import generate
+from src.interop.weights import load_weights, save_weights
+from src.model.config import GPTConfig
+from src.model.gpt import GPT
+from src.tokenizer import encode, text_to_token_ids
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import transformers
+
+FILES = {
+    "huggingface": {"README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+                    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"},
+    "book": {"model.json", "model.pth"},
+    "weights": {"weights.pt"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_each_format_is_the_same_model(command, small_weights, small_net, tmp_path, form):
+    output = tmp_path / "out, a"
+    status, out, err = command("export", f"weights={small_weights}", f"format={form}", f"output='{output}'")
+    assert status == 0, err
+    assert {file.name for file in output.iterdir()} == FILES[form]
+    assert out.splitlines()[0].startswith(f"{output}: 3,242,752 parameters, ")
+    assert out.splitlines()[1] == "read again, the largest difference of a logit is 0, at 32 positions"
+    net = load_weights(output)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in small_net.state_dict().items())
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of OpenAI's own form, tied, with bias, on a padded vocabulary."""
+    from conftest import story_of
+
+    from src import cli
+    from src.train import train
+
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(story_of(900))
+    overrides = [
+        "model=gpt2_tiny", "model.context_length=32", "model.qkv_bias=true", "model.tie_weights=true",
+        "model.vocab_size=50304", f"data.path={folder / 'text.txt'}", "trainer.max_steps=4", "callbacks=none",
+        "trainer.precision=32-true", "optimizer.learning_rate=0.01",
+    ]  # fmt: skip
+    return train(cli.compose("train", overrides), folder / "run").folder
+
+
+def test_transformers_takes_it_from_there(command, run_folder, tmp_path):
+    status, out, err = command("export", f"weights={run_folder}", f"output={tmp_path / 'hf'}")
+    assert status == 0, err
+    assert "leaving 47 padded rows of the vocabulary out" in err
+    assert "the largest difference of a logit is 0" in out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = load_weights(run_folder)
+    text = "the ferry bell rang over"
+    tokens = tokenizer(text, return_tensors="pt")
+    assert tokens["input_ids"].tolist() == [encode(text).tolist()]
+    with torch.no_grad():
+        expected = ours(text_to_token_ids(text))[..., :50257]
+        torch.testing.assert_close(theirs(**tokens).logits, expected, atol=1e-5, rtol=0)
+    written = theirs.generate(**tokens, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(written, generate(ours, tokens["input_ids"], 20, vocab_size=50257, end_token=50256))
+    assert theirs.config.vocab_size == 50257
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id == 50256
+    assert theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+
+
+def test_the_card_tells_how_the_model_came_about(command, run_folder, tmp_path):
+    command("export", f"weights={run_folder / 'checkpoints' / 'last.ckpt'}", f"output={tmp_path / 'hf'}")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    record = json.loads((run_folder / "run.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for key in "val_loss", "data_sha256", "optimizer_steps":
+        assert f"| {key.replace('_', ' ')} | `{record[key]}` |" in card
+    assert f"torch {torch.__version__}" in card
+    assert '"learning_rate": 0.01' in card
+
+
+def test_what_transformers_trained_further_comes_back(command, small_weights, small_net, tmp_path):
+    command("export", f"weights={small_weights}", f"output={tmp_path / 'hf'}")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        theirs.transformer.h[0].attn.c_attn.bias += 0.5
+    theirs.save_pretrained(tmp_path / "hf2")
+    ours = load_weights(tmp_path / "hf2")
+    assert ours.config.qkv_bias
+    assert not small_net.config.qkv_bias
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_vocabulary_of_its_own_goes_without_a_tokenizer(command, tmp_path):
+    save_weights(GPT(GPTConfig(61, 16, 24, 3, 2)), tmp_path / "small.pt")
+    status, _, err = command("export", f"weights={tmp_path / 'small.pt'}", f"output={tmp_path / 'hf'}")
+    assert status == 0
+    assert "no tokenizer files: the model knows 61 tokens" in err
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id is None
+
+
+BAD = {
+    "weights=W": "output is needed",
+    "weights=W output=O format=gguf": "format=huggingface",
+    "weights=nowhere output=O": "none of gpt2",
+    "weights=W output=W": "is there already",
+    "weights=W output=FULL": "is there already",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_mistakes_are_one_line_and_write_nothing(command, small_weights, tmp_path, arguments):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").write_text("mine")
+    for name, path in ("FULL", full), ("=W", small_weights), ("=O", tmp_path / "out"):
+        arguments = arguments.replace(name, f"={path}" if name[0] == "=" else str(path))
+    status, out, err = command("export", *arguments.split())
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == [full]
+    assert (full / "precious").read_text() == "mine"
+
+
+def test_a_copy_that_differs_is_not_left_behind(command, small_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.interop.weights.load_weights", lambda *_, **__: GPT(GPTConfig(50257, 32, 32, 4, 2)).eval())
+    status, out, err = command("export", f"weights={small_weights}", f"output={tmp_path / 'hf'}")
+    assert (status, out) == (1, "")
+    assert "would be another model" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_may_be_the_output(command, small_weights, tmp_path):
+    (tmp_path / "hf").mkdir()
+    assert command("export", f"weights={small_weights}", f"output={tmp_path / 'hf'}")[0] == 0
+    assert (tmp_path / "hf" / "config.json").exists()

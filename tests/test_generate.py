@@ -1,0 +1,255 @@
+"""``python -m src.generate``: any text in, the text alone out."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+from src import cli, generate
+from src.generation.config import GenerationConfig
+from src.generation.text import continue_texts
+
+NASTY = [
+    "She said \"no\", and 'yes'",
+    "a,b,c",
+    "x=1",
+    "weights=nowhere",
+    "[1, 2, 3]",
+    "{a: b}",
+    "(maybe)",
+    "${oc.env:HOME}",
+    "???",
+    "null",
+    "a\nb\n\nc",
+    "\ttabs\r\n",
+    "back\\slash \\' \\\" \\",
+    "Жук и ёж",
+    "\U0001f469\u200d\U0001f680 to the moon",
+    "e\u0301 \u202e right to left",
+    "~key +key @key $HOME `ls` #",
+    "-m --help",
+    " spaces ",
+    "%s %(x)s {0}",
+    "",
+    "!",
+]
+
+
+@pytest.mark.parametrize("way", ["prompt", "prompt_file"])
+def test_nasty_prompts_arrive_unchanged(command, monkeypatch, small_weights, tmp_path, way):
+    arrived = []
+
+    def record(net, prompts, *args, **kwargs):
+        arrived.extend(prompts)
+        return continue_texts(net, prompts, *args, **kwargs)
+
+    monkeypatch.setattr("src.generation.text.continue_texts", record)
+    given = []
+    for number, text in enumerate(NASTY):
+        file = tmp_path / f"{number}, a=[b].txt"
+        file.write_bytes(text.encode())
+        given.append(f"prompt={text}" if way == "prompt" else f"prompt_file={file}")
+    status, out, err = command("generate", f"weights={small_weights}", "max_new_tokens=1", "temperature=0", *given)
+    assert status == 0, err
+    assert arrived == NASTY
+    at = 0
+    for text in NASTY:  # each echoed, in their order
+        at = out.index(text, at) + len(text)
+
+
+@pytest.mark.parametrize("text", NASTY[:4])
+def test_a_single_nasty_prompt(command, small_weights, small_net, text):
+    status, out, err = command("generate", f"weights={small_weights}", "max_new_tokens=4", f"prompt={text}", "top_k=7")
+    config = GenerationConfig(temperature=1.0, top_k=7, max_new_tokens=4)
+    ((expected,),) = continue_texts(small_net, [text], config)
+    assert (status, out, err) == (0, f"{text}{expected.text}\n", "")
+
+
+def test_stdin_is_a_prompt_like_any_other(small_weights, small_net, tmp_path):
+    """In a process of its own, as everything with a pipe: the text alone on stdout, nothing left in the folder."""
+    text = "Жук, \U0001f680\r\nand\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "src.generate", f"weights={small_weights}", "prompt=-", "max_new_tokens=5"],
+        input=text.encode(), capture_output=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    ((expected,),) = continue_texts(small_net, [text], GenerationConfig(temperature=1.0, top_k=25, max_new_tokens=5))
+    assert done.stdout.decode() == text + expected.text + "\n"
+    assert done.stderr == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+def terminal(tmp_path, *arguments: str, typed: bytes = b"") -> list[bytes]:
+    """What arrives, read by read, on a terminal that runs the command."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.generate", *arguments], stdin=follower, stdout=follower, stderr=follower,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
+    )  # fmt: skip
+    os.close(follower)
+    os.write(leader, typed)
+    pieces = []
+    try:
+        while piece := os.read(leader, 4096):
+            pieces.append(piece)
+            time.sleep(0.005)
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(timeout=60) == 0, b"".join(pieces)
+    return pieces
+
+
+def test_a_terminal_is_asked_until_it_has_no_more(small_weights, tmp_path):
+    pieces = terminal(
+        tmp_path, f"weights={small_weights}", "max_new_tokens=30", typed=b'Every effort\nSo, "what"\n\x04'
+    )
+    said = b"".join(pieces)
+    assert said.count(b"> ") == 3
+    assert said.count(b"Every effort") == 2  # typed, and continued
+    assert len(pieces) > 10  # as it came
+    for piece in pieces:
+        piece.decode()  # no half characters
+
+
+def test_several_samples_of_several_prompts(command, small_weights):
+    arguments = (f"weights={small_weights}", "prompt=So", "prompt=And", "num_samples=2", "max_new_tokens=6")
+    status, out, err = command("generate", *arguments, "seed=1")
+    assert status == 0
+    assert err.splitlines() == [f"-- prompt {p}, text {s}" for p in (1, 2) for s in (1, 2)]
+    lines = out.splitlines()
+    assert len({*lines}) == 4
+    assert command("generate", *arguments, "seed=1")[1] == out
+    assert command("generate", *arguments, "seed=2")[1] != out
+    without = command("generate", *arguments, "seed=1", "echo=false")[1].splitlines()
+    assert [line.removeprefix("So").removeprefix("And") for line in lines] == without
+
+
+def test_presets(command, small_weights, small_net):
+    found = {}
+    for preset in "greedy", "sample", "nucleus", "beam":
+        status, found[preset], err = command(
+            "generate", f"weights={small_weights}", f"generation={preset}", "prompt=So", "max_new_tokens=6"
+        )
+        assert status == 0
+        assert ("score" in err) == (preset == "beam")
+    for preset, config in ("greedy", {}), ("nucleus", {"temperature": 1.0, "top_p": 0.9}), ("beam", {"num_beams": 4}):
+        ((expected,),) = continue_texts(small_net, ["So"], GenerationConfig(max_new_tokens=6, **config))
+        assert found[preset] == f"So{expected.text}\n"
+    assert len(set(found.values())) >= 3
+
+
+def test_stop(command, small_weights):
+    arguments = (f"weights={small_weights}", "generation=greedy", "prompt=So", "max_new_tokens=12")
+    whole = command("generate", *arguments)[1]
+    stop = whole[20:24]
+    assert command("generate", *arguments, "stop=, = [", f"stop={stop}")[1] == whole[: whole.index(stop, 2)] + "\n"
+
+
+def test_inspection(command, small_weights):
+    status, out, err = command(
+        "generate",
+        f"weights={small_weights}",
+        "prompt=So",
+        "max_new_tokens=3",
+        "inspect=true",
+        "temperature=2",
+        "seed=3",
+    )
+    assert status == 0
+    assert out.startswith("So")
+    lines = err.splitlines()
+    assert len(lines) == 3 * 11
+    for step in range(3):
+        shares = [float(line[2:].split("%")[0]) for line in lines[11 * step + 1 : 11 * step + 11]]
+        assert shares == sorted(shares, reverse=True)
+        assert 0 < sum(shares) <= 100
+
+
+def test_whoever_reads_the_texts_may_leave(small_weights, tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m src.generate weights={small_weights} prompt=So num_samples=9 | head -c 5",
+        shell=True, capture_output=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
+    )  # fmt: skip
+    assert b"Traceback" not in done.stderr
+    assert b"error" not in done.stderr
+
+
+BAD = {
+    "prompt=So": "weights is needed",
+    "weights=nowhere prompt=So": "none of gpt2, gpt2-medium",
+    "weights=W": "prompt is needed",
+    "weights=W prompt=So temperature=-1": "temperature=1.0",
+    "weights=W prompt=So temperature=hot": "is not of type float",
+    "weights=W prompt=So top_k=-3": "top_k=25",
+    "weights=W prompt=So top_p=1.5": "top_p=0.9",
+    "weights=W prompt=So max_new_tokens=0": "max_new_tokens=50",
+    "weights=W prompt=So num_beams=3": "generation=beam",
+    "weights=W prompt=So generation=beam num_samples=9": "num_beams=9",
+    "weights=W prompt=So generation=beem": "generation=beam",
+    "weights=W prompt=So inspect=true num_samples=2": "num_samples=1",
+    "weights=W prompt=So prompt=No inspect=true": "give one prompt",
+    "weights=W prompt_file=nowhere.txt": "prompt_file=nowhere.txt cannot be read",
+    "weights=W prompt_file=W": "is not UTF-8",
+    "weights=W prompt=So device=quantum": "device=auto",
+    "weights=W prompt=So top-k=3": "top_k",
+    "weights=W prompt=So max_tokens=3": "max_new_tokens",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_mistakes_are_one_line_with_their_cure(command, small_weights, arguments, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    status, out, err = command("generate", *arguments.replace("W", str(small_weights)).split())
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert BAD[arguments] in err
+
+
+def test_a_broken_model_is_one_line(command, small_weights, tmp_path):
+    damaged = bytearray(small_weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "damaged.pt").write_bytes(damaged)
+    status, out, err = command("generate", f"weights={tmp_path / 'damaged.pt'}", "prompt=So")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: weights=")
+    assert "does not match its SHA-256" in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_heavy_before_the_overrides_are_checked(small_weights):
+    code = (
+        "import sys\nfrom src import generate, cli\n"
+        "print(cli._find_problems('generate', ['weights=nowhere'], lambda cfg: generate.find_problems(cfg)))\n"
+        "print(sorted({'torch', 'lightning', 'transformers', 'huggingface_hub', 'tiktoken'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=cli.CONF.parent, capture_output=True, text=True, timeout=60)
+    assert "nowhere" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_lightning_is_not_needed(small_weights):
+    code = (
+        "import sys\nfrom src.interop.weights import load_weights\nimport src.generation.text\n"
+        "load_weights(sys.argv[1])\n"
+        "print(sorted({'lightning', 'hydra', 'omegaconf', 'transformers', 'tensorflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small_weights)],
+        cwd=cli.CONF.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_config_is_checked_by_every_key():
+    assert set(generate.GenerateConfig.__dataclass_fields__) | set(generate.RAW) == set(
+        cli.compose("generate", ["weights=x"])
+    )
