@@ -327,7 +327,7 @@ class Hub(BaseHTTPRequestHandler):
 def in_cache(code: str, tmp_path, **env: str) -> subprocess.CompletedProcess:
     import os
 
-    settings = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    settings = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **env}
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120
     )
