@@ -48,9 +48,11 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     assert cli._find_problems(name, overrides, check) == []
 
 
-def test_config_table_names_keys_that_exist():
-    table = README.split("## Configuration")[1].split("\n## ")[0]
-    keys = cli._keys(cli.compose("train", []))
-    named = re.findall(r"^\| `([a-z_.]+)` \|", table, re.M)
-    assert len(named) > 20
+@pytest.mark.parametrize(("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 6)])
+def test_config_tables_name_keys_that_exist(command, least):
+    section = README.split("## Configuration")[1].split("\n## ")[0]
+    tables = dict(zip(["train", "generate", "evaluate"], section.split("Those of `python -m src."), strict=True))
+    keys = cli._keys(cli.compose(command, [] if command == "train" else ["weights=x"]))
+    named = [key for cell in re.findall(r"^\| (`[^|]*) \|", tables[command], re.M) for key in re.findall("`(.*?)`", cell)]
+    assert len(named) > least
     assert set(named) <= keys
