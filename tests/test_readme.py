@@ -48,7 +48,7 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     assert cli._find_problems(name, overrides, check) == []
 
 
-@pytest.mark.parametrize(("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 6)])
+@pytest.mark.parametrize(("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 5)])
 def test_config_tables_name_keys_that_exist(command, least):
     section = README.split("## Configuration")[1].split("\n## ")[0]
     tables = dict(zip(["train", "generate", "evaluate"], section.split("Those of `python -m src."), strict=True))
