@@ -1,10 +1,14 @@
 import csv
 import itertools
+import os
 import runpy
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import tiktoken

@@ -26,7 +26,7 @@ OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS
 def test_two_set_up_commands_are_one_line_each():
     main, test = (line for line in COMMANDS if "-m venv" in line)
     assert main.endswith("python -m src.train model=gpt2_small trainer.max_epochs=10")
-    assert test.endswith("pytest")
+    assert test.endswith("pytest -n 2")
     assert BLOCKS[0].count("\n") == 1
 
 
@@ -53,6 +53,8 @@ def test_config_tables_name_keys_that_exist(command, least):
     section = README.split("## Configuration")[1].split("\n## ")[0]
     tables = dict(zip(["train", "generate", "evaluate"], section.split("Those of `python -m src."), strict=True))
     keys = cli._keys(cli.compose(command, [] if command == "train" else ["weights=x"]))
-    named = [key for cell in re.findall(r"^\| (`[^|]*) \|", tables[command], re.M) for key in re.findall("`(.*?)`", cell)]
+    named = [
+        key for cell in re.findall(r"^\| (`[^|]*) \|", tables[command], re.M) for key in re.findall("`(.*?)`", cell)
+    ]
     assert len(named) > least
     assert set(named) <= keys

@@ -119,7 +119,7 @@ def from_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         if layout in ("huggingface", "openai") and name.endswith(CONV1D):
             tensor = tensor.t()
         for one, part in zip(theirs, tensor.chunk(len(theirs)) if theirs else (), strict=True):
-            found[one] = part.contiguous().clone()
+            found[one] = part.clone(memory_format=torch.contiguous_format)
     return found
 
 
