@@ -64,14 +64,17 @@ def launch(
         if problems := _find_problems(config_name, arguments, check):
             _fail(problems)
         sys.argv[1:] = arguments
+        failed: list[str] = []
         try:
-            _hydra_main(config_name, lambda cfg: _run(task, cfg))
+            _hydra_main(config_name, lambda cfg: _run(task, cfg, failed))
         except Interrupted as interrupted:
             if not interrupted.told:
                 print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
             raise
         except OSError as error:  # before the task begins, Hydra writes the config into the run folder
             _fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
+        if failed:
+            sys.exit(1)
 
 
 def take_out(arguments: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
@@ -145,7 +148,7 @@ def _hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
 
 
-def _run(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+def _run(task: Callable[[DictConfig], Any], cfg: DictConfig, failed: list[str]) -> Any:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return task(cfg)
@@ -159,6 +162,7 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             _log_to_file_only(traceback.format_exc())
         else:
             log.exception("stopped by an error")
+        failed.append(str(error))
     if not sweeping:
         sys.exit(1)
     return float("inf")  # the objective of a failed job: the others run on
@@ -187,7 +191,9 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
         try:
             parsed.append(OverridesParser.create().parse_override(override))
         except HydraException:
-            found.append(f"{override} is no override: key=value, with quotes around a value of several words")
+            key, _, value = override.partition("=")
+            quoted = f"\"{key}='{value}'\"" if value and not set(value) & set("'\"") else "key=value"
+            found.append(f"{override} is no override: {quoted}, with quotes around all but plain words and numbers")
         else:
             if parsed[-1].is_sweep_override() and not sweeping:
                 found.append(f"{override} names several values: python -m src.{config_name} -m {override} to sweep")
@@ -196,7 +202,7 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     for override in parsed:
         found += _unknown(config_name, base, override)
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not resuming:
-            found += _taken(override)
+            found += _taken(override, config_name)
     if found:
         return found
     if sweeping:  # each job checks its own config; here one of them stands for all
@@ -242,7 +248,7 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
             if str(value) not in choices
         ]
     known = _keys(base)
-    for group in ("schedule", "data", "callbacks", "logger"):  # choices whose keys differ
+    for group in {"schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
         for file in (CONF / group).glob("*.yaml"):
             known |= {f"{group}.{name}" for name in _keys(OmegaConf.load(file)) if "defaults" not in name}
     if key in known or override.is_delete():
@@ -252,13 +258,14 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
     return [f"{key} is no key of {config_name}: did you mean {_nearest(key, sorted(known))}? (all: --cfg job)"]
 
 
-def _taken(override: Override) -> list[str]:
+def _taken(override: Override, config_name: str) -> list[str]:
     """Whether the folder that ``override`` names holds anything; Hydra would write over it."""
     folder = Path(str(override.value()))
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return []
     key = override.key_or_group
-    return [f"{key}={folder} is not empty: resume={folder} to continue a run, or {key}=<a new folder>"]
+    resume = f"resume={folder} to continue a run, or " if config_name == "train" else ""
+    return [f"{key}={folder} is not empty: {resume}{key}=<a new folder>"]
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> set[str]:

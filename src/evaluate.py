@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from src import cli
 from src.data.config import DataConfig
 from src.evaluation.config import EvaluationConfig
-from src.interop.locate import locate
+from src.interop.locate import problems_of_weights
 from src.record import git_revision, versions
 
 if TYPE_CHECKING:
@@ -31,14 +32,17 @@ log = logging.getLogger(__name__)
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """Everything wrong with ``cfg`` that can be known without reading weights or text."""
-    _, found = cli.check_sections(cfg, {"": EvaluationConfig, "data": DataConfig})
-    try:
-        locate(cfg.weights)
-    except ValueError as error:
-        found.append(str(error))
+    checked, found = cli.check_sections(cfg, {"": EvaluationConfig, "data": DataConfig})
+    if "" not in checked:
+        return found
+    config = checked[""]
+    found += problems_of_weights(config.weights)
     for key in "lambada", "multiple_choice":
-        if cfg[key] is not None and not Path(cfg[key]).expanduser().is_file():
-            found.append(f"{key}={cfg[key]} is no file (seen from {Path.cwd()}): {key}=<a file of JSON lines>")
+        path = getattr(config, key)
+        if path is not None and not Path(os.path.expanduser(path)).is_file():
+            found.append(f"{key}={path} is no file (seen from {Path.cwd()}): {key}=<a file of JSON lines>")
+    if cfg.data.stride is not None:
+        found.append(f"data.stride={cfg.data.stride} is for training: stride={cfg.data.stride}")
     return found
 
 
@@ -53,6 +57,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise ValueError("\n".join(problems))
     from src.evaluation import losses, tasks
     from src.evaluation.report import write_report
+    from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
     from src.tokenizer import gpt2_tokenizer, token_byte_counts
     from src.training.device import pick_accelerator
@@ -68,7 +73,10 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     tokenizer = gpt2_tokenizer()
     tokens, fitted_on, sha256 = _text(data, config.split, tokenizer)
     net = load_weights(config.weights, pick_accelerator(config.device, "device"))
-    _check_model(config, net, tokenizer)
+    check_vocabulary(net, tokenizer)
+    _check_model(config, net)
+    for task, examples in chosen.items():
+        tasks.check_lengths(task.__name__, examples, tokenizer, net.config.context_length)
     length = config.context_length or net.config.context_length
     with _progress("tokens", len(tokens) - 1) as progress:
         found = losses.text_loss(
@@ -99,7 +107,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         with _progress(task.__name__, None) as progress:
             scores = task(net, examples, tokenizer, data.batch_size, progress=progress)
         result |= {f"{task.__name__}_{key}": value for key, value in scores.items()}
-    result = {key: value for key, value in result.items() if value == value}  # NaN: there is no such number
+    for key in "bits_per_byte", "loss_of_whole_windows":
+        if math.isnan(result[key]):  # no bytes, no whole windows
+            del result[key]
     for key, value in result.items():
         log.info("%-30s  %s", key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else value)
     write_report(found, tokens, tokenizer, folder)
@@ -127,12 +137,7 @@ def _text(data: DataConfig, split: str, tokenizer: tiktoken.Encoding) -> tuple[n
     return (val if split == "val" else train), train, corpus.sha256
 
 
-def _check_model(config: EvaluationConfig, net: GPT, tokenizer: tiktoken.Encoding) -> None:
-    if net.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"weights={config.weights} knows {net.config.vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}: "
-            f"weights=<a model of {tokenizer.n_vocab:,} tokens>"
-        )
+def _check_model(config: EvaluationConfig, net: GPT) -> None:
     if (config.context_length or 0) > net.config.context_length:
         raise ValueError(
             f"context_length={config.context_length} is more than the model's {net.config.context_length}: "

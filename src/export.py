@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src import cli
-from src.interop.locate import WEIGHTS_FILE, locate
+from src.interop.locate import WEIGHTS_FILE, locate, problems_of_weights
 from src.record import read_record
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ POSITIONS = 64  # at which the logits are compared
 class ExportConfig:
     """The keys of ``conf/export.yaml``."""
 
-    weights: str = ""
+    weights: str = "gpt2"
     format: str = "huggingface"
-    output: str = ""
+    output: str = "my_model"
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -42,14 +44,16 @@ class ExportConfig:
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """Everything wrong with ``cfg`` that can be known without reading the weights."""
-    _, found = cli.check_sections(cfg, {"": ExportConfig})
-    try:
-        locate(cfg.weights)
-    except ValueError as error:
-        found.append(str(error))
-    output = Path(str(cfg.output)).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    checked, found = cli.check_sections(cfg, {"": ExportConfig})
+    if not checked:
+        return found
+    found += problems_of_weights(checked[""].weights)
+    output = Path(os.path.expanduser(checked[""].output))
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         found.append(f"output={output} is there already: output=<a new folder>")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        found.append(f"output={output} cannot be made in {above}: output=<a folder elsewhere>")
     return found
 
 
@@ -63,24 +67,32 @@ def export(cfg: DictConfig) -> float:
     """
     if problems := find_problems(cfg):
         raise ValueError("\n".join(problems))
+    from safetensors import SafetensorError
+
     from src.interop.weights import build, load_weights, read_weights
 
-    output = Path(cfg.output).expanduser()
-    part = output.with_name(f"{output.name}.part")
+    output = Path(os.path.expanduser(cfg.output))
     config, weights = _unpadded(*read_weights(cfg.weights))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    aside = None
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
+        part = Path(aside, output.name)
+        part.mkdir()
         _write(part, cfg.format, config, weights, _record_of(cfg.weights), output.name)
         net = build(config, weights).eval()
         difference = _largest_difference(net, load_weights(part, key="output"))
-        if difference > 1e-4:
+        if not difference <= 1e-4:  # NaN is no small number
             raise ValueError(f"output={output} would be another model, its logits differ by up to {difference:.1e}")
         if output.exists():
             output.rmdir()
         part.rename(output)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's and safetensors' own words for a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
+        raise ValueError(f"output={output} could not be written ({reason}): output=<a folder elsewhere>") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     print(f"{output}: {parameters:,} parameters, {', '.join(sorted(file.name for file in output.iterdir()))}")
     positions = min(POSITIONS, config.context_length)
@@ -89,7 +101,7 @@ def export(cfg: DictConfig) -> float:
 
 
 def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Without the rows of a padded vocabulary, which stand for no token."""
+    """Without the rows of a padded vocabulary, which are beyond the tokenizer's."""
     from src.tokenizer import gpt2_tokenizer
 
     n_vocab = gpt2_tokenizer().n_vocab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import dataclass, fields, replace
@@ -11,15 +12,14 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src import cli
-from src.generation.config import GenerationConfig
-from src.interop.locate import locate
+from src.generation.config import DEVICES, GenerationConfig
+from src.interop.locate import problems_of_weights
 
 if TYPE_CHECKING:
     from src.generation.decode import Step
     from src.model.gpt import GPT
 
 RAW = ("prompt", "prompt_file", "stop")  # taken to the letter, past Hydra
-DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
 LIKELIEST = 10
 
 
@@ -27,7 +27,7 @@ LIKELIEST = 10
 class GenerateConfig(GenerationConfig):
     """The keys of ``conf/generate.yaml``."""
 
-    weights: str = ""
+    weights: str = "gpt2"
     special_tokens: str = "parse"
     echo: bool = True
     inspect: bool = False
@@ -48,10 +48,8 @@ def find_problems(cfg: DictConfig, raw: dict[str, list[str]] | None = None) -> l
     """Everything wrong with ``cfg`` and the ``raw`` arguments that can be known without reading the weights."""
     checked, found = cli.check_sections(cfg, {"": GenerateConfig})
     raw = raw or dict.fromkeys(RAW, ())
-    try:
-        locate(cfg.weights)
-    except ValueError as error:
-        found.append(str(error))
+    if checked:
+        found += problems_of_weights(checked[""].weights)
     for file in raw["prompt_file"]:
         try:
             _read(Path(file))
@@ -60,7 +58,7 @@ def find_problems(cfg: DictConfig, raw: dict[str, list[str]] | None = None) -> l
     texts = len(raw["prompt"]) + len(raw["prompt_file"])
     if checked and checked[""].inspect and texts != 1:
         found.append(f"inspect=true looks at a single text, not at {texts}: give one prompt")
-    if not texts and not sys.stdin.isatty():
+    if not texts and not (sys.stdin and sys.stdin.isatty()):
         found.append(
             "prompt is needed where there is no terminal to ask for it: prompt=<text>, or prompt=- to read stdin"
         )
@@ -71,9 +69,13 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     """Write the continuations of all prompts to stdout, or ask for prompts on a terminal.
 
     Raises:
-        ValueError: weights that cannot be read, or a prompt that is not UTF-8.
+        ValueError: the problems of the config; weights that cannot be read; a prompt that is not UTF-8.
     """
+    if problems := find_problems(cfg, raw):
+        raise ValueError("\n".join(problems))
+    from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
+    from src.tokenizer import gpt2_tokenizer
     from src.training.device import pick_accelerator
 
     config = GenerateConfig(**{field.name: cfg[field.name] for field in fields(GenerateConfig)})
@@ -82,6 +84,9 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
         *map(_read, map(Path, raw["prompt_file"])),
     ]
     net = load_weights(config.weights, pick_accelerator(config.device, "device"))
+    check_vocabulary(net, gpt2_tokenizer())
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         if prompts:
@@ -157,13 +162,15 @@ def _say(text: str) -> None:
     print(text, end="", flush=True)
 
 
+@functools.cache  # what comes through a pipe comes once
 def _stdin() -> str:
-    return _decoded(sys.stdin.buffer.read(), "prompt=-")
+    return _decoded(sys.stdin.buffer.read() if sys.stdin else b"", "prompt=-")
 
 
+@functools.cache
 def _read(file: Path) -> str:
     try:
-        return _decoded(file.expanduser().read_bytes(), f"prompt_file={file}")
+        return _decoded(Path(os.path.expanduser(file)).read_bytes(), f"prompt_file={file}")
     except OSError as error:
         raise ValueError(f"prompt_file={file} cannot be read ({error.strerror}): prompt_file=<a text file>") from None
 

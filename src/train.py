@@ -106,15 +106,17 @@ def find_problems(cfg: DictConfig) -> list[str]:
     return found
 
 
-def model_problems(model: GPTConfig, data: DataConfig) -> list[str]:
-    """Why the windows of ``data`` are nothing for the model, a line each."""
-    found = []
+def model_problems(model: GPTConfig, data: DataConfig, weights: str | Path | None = None) -> list[str]:
+    """Why the windows of ``data`` are nothing for the model, which ``weights`` may have brought, a line each."""
+    found, longest = [], model.context_length
     if model.vocab_size < 50257:
-        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's 50257: model.vocab_size=50257")
-    if data.context_length is None or data.context_length > model.context_length:
+        cure = "weights=<a model of 50,257 tokens>" if weights else "model.vocab_size=50257"
+        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's 50257: {cure}")
+    if data.context_length is None or data.context_length > longest:
+        cure = "" if weights else f"model.context_length={data.context_length}, or "
         found.append(
-            f"data.context_length={data.context_length} is more than the model's {model.context_length}: "
-            f"model.context_length={data.context_length}, or data.context_length={model.context_length}"
+            f"data.context_length={data.context_length} is more than the model's {longest}: "
+            f"{cure}data.context_length={longest}"
         )
     return found
 
@@ -323,7 +325,7 @@ def _adopt(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> None:
     """Let the model be that of ``source``, unless another was asked for."""
     _refuse(adopt_model(cfg, model, source))
     checked, _ = cli.check_sections(cfg, {"model": GPTConfig, "data": DataConfig})
-    _refuse(model_problems(checked["model"], checked["data"]))
+    _refuse(model_problems(checked["model"], checked["data"], source))
 
 
 def _refuse(problems: list[str]) -> None:

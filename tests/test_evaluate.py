@@ -218,8 +218,9 @@ def test_multiple_choice_with_and_without_normalisation(small_net, tmp_path):
     best_normalised = per_character.index(max(per_character))
     assert best != best_normalised
     file = tmp_path / "choices.jsonl"
+    question["ind"] = "\u2028"  # a line break for some, not for JSON
     for label in range(3):
-        file.write_text(json.dumps({**question, "label": str(label)}) + "\n\n")
+        file.write_text("\ufeff" + json.dumps({**question, "label": str(label)}, ensure_ascii=False) + "\n\n")
         found = multiple_choice(small_net, read_questions(str(file)), gpt2_tokenizer())
         assert found == {"accuracy": label == best, "accuracy_normalised": label == best_normalised, "questions": 1}
 
@@ -251,6 +252,12 @@ BAD = {
     "weights=W lambada=L": "line 2 has no text of several words",
     "weights=W multiple_choice=L": "line 1 has no ctx, endings and label",
     "weights=W multiple_choice=T": "line 1 is no JSON",
+    "weights=null": "weights=gpt2",
+    "weights=W lambada=[a]": "lambada",
+    "weights=W lambada=~nosuch/x": "lambada",
+    "weights=W data.stride=4": "stride=4",
+    "weights=W stride=64 context_length=16": "stride=16",
+    "weights=W multiple_choice=LONG": "multiple_choice=null",
     "weights=W surprises=-1": "surprises=20",
     "weights=W device=quantum": "device=auto",
     "weights=W data.batch_size=0": "data.batch_size=2",
@@ -264,11 +271,12 @@ def test_mistakes_are_one_line_with_their_cure(command, small_weights, text, tmp
     cure = BAD[arguments]
     small = GPT(GPTConfig(61, 16, 24, 3, 2))
     save_weights(small, tmp_path / "small.pt")
-    (tmp_path / "empty").write_text("")
+    (tmp_path / "empty").write_text("\n\n")
     (tmp_path / "lines").write_text('{"text": "two words"}\n{"text": "one"}\n')
     for letter, file in ("W", small_weights), ("S", tmp_path / "small.pt"), ("E", tmp_path / "empty"), ("T", text):
         arguments = arguments.replace(f"={letter}", f"={file}")
-    arguments = arguments.replace("=L", f"={tmp_path / 'lines'}")
+    (tmp_path / "long").write_text(json.dumps({"ctx": "So", "endings": ["it", "was " * 40], "label": 0}))
+    arguments = arguments.replace("=LONG", f"={tmp_path / 'long'}").replace("=L", f"={tmp_path / 'lines'}")
     given = [f"data.path={text}"] if "data.path" not in arguments else []
     status, out, err = command("evaluate", *arguments.split(), *given, f"hydra.run.dir={tmp_path / 'out'}")
     assert status == 1

@@ -2,10 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from src.cli import CONF
 from src.generation.decode import generate
 from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
@@ -114,21 +117,29 @@ BAD = {
     "weights=W output=O format=gguf": "format=huggingface",
     "weights=nowhere output=O": "none of gpt2",
     "weights=W output=W": "is there already",
+    "weights=W output=null": "output=my_model",
+    "weights=null output=O": "weights=gpt2",
+    "weights=W output=LINK": "is there already",
+    "weights=W output=W/inside": "cannot be made in",
+    "weights=W output=/proc/x": "output=<a folder elsewhere>",
     "weights=W output=FULL": "is there already",
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
 def test_mistakes_are_one_line_and_write_nothing(command, small_weights, tmp_path, arguments):
-    full = tmp_path / "full"
+    given, full = arguments, tmp_path / "full"
     full.mkdir()
     (full / "precious").write_text("mine")
-    for name, path in ("FULL", full), ("=W", small_weights), ("=O", tmp_path / "out"):
+    link = tmp_path / "link"
+    link.symlink_to(full)
+    for name, path in ("FULL", full), ("LINK", link), ("=W", small_weights), ("=O", tmp_path / "out"):
         arguments = arguments.replace(name, f"={path}" if name[0] == "=" else str(path))
     status, out, err = command("export", *arguments.split())
     assert (status, out) == (1, "")
     assert err.count("\n") == 1, err
-    assert list(tmp_path.iterdir()) == [full]
+    assert BAD[given] in err
+    assert sorted(tmp_path.iterdir()) == [full, link]
     assert (full / "precious").read_text() == "mine"
 
 
@@ -138,6 +149,36 @@ def test_a_copy_that_differs_is_not_left_behind(command, small_weights, tmp_path
     assert (status, out) == (1, "")
     assert "would be another model" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(small_weights, tmp_path):
+    """A real limit of the system on the size of a file."""
+    for form in FILES:
+        done = subprocess.run(
+            f"ulimit -f 2000; {sys.executable} -m src.export weights={small_weights} format={form} output=out/there",
+            shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: output=out/there could not be written")
+        assert done.stderr.endswith(": output=<a folder elsewhere>\n")
+        assert done.stderr.count("\n") == 1
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_neighbour_of_a_similar_name_is_left_alone(command, small_weights, tmp_path):
+    (tmp_path / "hf.part").mkdir()
+    (tmp_path / "hf.part" / "precious").write_text("mine")
+    assert command("export", f"weights={small_weights}", "format=book", f"output={tmp_path / 'hf'}")[0] == 0
+    assert (tmp_path / "hf.part" / "precious").read_text() == "mine"
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == (tmp_path / "hf.part").stat().st_mode & 0o777
+
+
+def test_a_failed_job_fails_the_sweep(command, small_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("export", "-m", f"weights={small_weights}", "format=book,weights", "output=same")
+    assert status == 1
+    assert "output=same is there already" in err
 
 
 def test_an_empty_folder_may_be_the_output(command, small_weights, tmp_path):

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -183,6 +184,16 @@ BAD = {
     "prompt=So": "weights is needed",
     "weights=nowhere prompt=So": "none of gpt2, gpt2-medium",
     "weights=W": "prompt is needed",
+    "weights=null prompt=So": "weights=None is not of type str: weights=gpt2",
+    "weights=[a] prompt=So": "is not of type str: weights=gpt2",
+    "weights='' prompt=So": "weights is empty",
+    "weights='~nosuch/x' prompt=So": "none of gpt2",
+    "weights=ü.pt prompt=So": "\"weights='ü.pt'\"",
+    "weights=W prompt=So seed=99999999999999999999": "seed=1",
+    "weights=W prompt=So generation=beam length_penalty=1000": "length_penalty=1.0",
+    "weights=W prompt=So repetition_penalty=1e-40": "repetition_penalty=1.0",
+    "weights=W prompt=So +foo=1": "foo is no key of generate",
+    "weights=W prompt=So hydra.run.dir=src": "hydra.run.dir=<a new folder>",
     "weights=W prompt=So temperature=-1": "temperature=1.0",
     "weights=W prompt=So temperature=hot": "is not of type float",
     "weights=W prompt=So top_k=-3": "top_k=25",
@@ -201,9 +212,43 @@ BAD = {
 }
 
 
+def test_a_failed_job_fails_the_sweep(command, small_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for sweep in f"weights={small_weights},nowhere.pt", "temperature=abc,1":
+        more = [] if "weights" in sweep else [f"weights={small_weights}"]
+        status, out, err = command("generate", "-m", sweep, *more, "prompt=So", "max_new_tokens=2")
+        assert status == 1
+        assert out.startswith("So")  # the other job ran
+        assert "error: " in err
+        assert "Traceback" not in err
+    status, out, _ = command("generate", "-m", "top_k=1,2", f"weights={small_weights}", "prompt=So", "max_new_tokens=2")
+    assert (status, out.count("So")) == (0, 2)
+
+
+def test_what_comes_through_a_pipe_comes_once(command, small_weights, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("Every effort",))
+    writer.start()
+    status, out, _ = command("generate", f"weights={small_weights}", f"prompt_file={pipe}", "max_new_tokens=2")
+    writer.join()
+    assert status == 0
+    assert out.startswith("Every effort")
+
+
+def test_a_closed_stdout(small_weights, tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m src.generate weights={small_weights} prompt=So max_new_tokens=2 >&- <&-",
+        shell=True, capture_output=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("arguments", BAD)
 def test_mistakes_are_one_line_with_their_cure(command, small_weights, arguments, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.chdir(cli.CONF.parent)
     status, out, err = command("generate", *arguments.replace("W", str(small_weights)).split())
     assert (status, out) == (1, "")
     assert err.count("\n") == 1, err

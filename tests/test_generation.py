@@ -2,6 +2,7 @@ import itertools
 import math
 
 import pytest
+import tiktoken
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,6 +185,14 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-6, 1e30])
+def test_temperatures_at_the_edge_of_float32(temperature):
+    logits = 30 * torch.randn(20, 50, generator=seeded())
+    drawn = next_token(logits, Sampling(temperature, top_p=0.9), seeded())
+    if temperature < 1:
+        assert torch.equal(drawn, logits.argmax(-1, keepdim=True))
+
+
 @pytest.mark.parametrize("key", WRONG)
 def test_impossible_settings_are_told_with_their_cure(key):
     with pytest.raises(ValueError, match=rf"^{key}=.*: {key}=") as error:
@@ -277,6 +286,23 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(text, stop):
     assert whole.startswith("".join(pieces))
     assert "".join(pieces) == whole[:first] or (len(stop) > 1 and stream.stopped)
     assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
+
+
+@given(st.text(min_size=1, max_size=40), st.data())
+def test_a_stop_string_of_any_length_is_found_however_it_is_cut(text, data):
+    begin = data.draw(st.integers(0, len(text) - 1))
+    stop = text[begin : data.draw(st.integers(begin + 1, len(text)))]
+    letters = tiktoken.Encoding(
+        "letters", pat_str=r"[\s\S]", mergeable_ranks={bytes([b]): b for b in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )  # fmt: skip
+    for tokenizer in None, letters:  # many bytes to a token, and one
+        stream, shown = TextStream([stop], tokenizer), ""
+        for token in encode(text, tokenizer, "text").tolist():
+            shown += stream.push(token)
+            assert stop not in shown
+        assert stream.stopped
+        assert shown + stream.finish() == text[: text.index(stop)]
 
 
 def test_half_a_character_is_never_shown():

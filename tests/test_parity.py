@@ -121,7 +121,7 @@ def as_bin(folder: Path) -> None:
     """What older releases of transformers wrote: PyTorch's files, with masks among the tensors, without a prefix."""
     for file in folder.glob("*.safetensors"):
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-        if any(name.startswith("h.0.attn") for name in tensors):
+        if "h.0.attn.c_attn.weight" in tensors:
             tensors["h.0.attn.bias"] = torch.ones(1, 1, 20, 20).tril()
             tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
         torch.save(tensors, folder / file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin"))

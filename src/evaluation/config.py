@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
+from src.generation.config import DEVICES
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """The keys of ``conf/evaluate.yaml``, which explains them."""
 
-    weights: str = ""
+    weights: str = "gpt2"
     split: str = "val"
     context_length: int | None = None
     stride: int | None = None
@@ -25,6 +25,11 @@ class EvaluationConfig:
         for key, value in ("context_length", self.context_length), ("stride", self.stride):
             if value is not None and value < 1:
                 found.append(f"{key}={value} must be at least 1, or null for the model's context_length: {key}=null")
+        if self.stride and self.context_length and self.stride > self.context_length:
+            found.append(
+                f"stride={self.stride} would leave tokens out between windows of context_length={self.context_length}: "
+                f"stride={self.context_length}"
+            )
         if self.surprises < 0:
             found.append(f"surprises={self.surprises} cannot be negative: surprises=20")
         if self.device not in DEVICES:

@@ -4,6 +4,7 @@ lm-evaluation-harness, so that figures compare."""
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,18 +39,7 @@ def likelihoods(
     Raises:
         ValueError: a continuation longer than ``context_length``, or an empty one.
     """
-    window = net.config.context_length
-    rows = []
-    for context, continuation in pairs:
-        moved = len(context) - len(context.rstrip())  # a space belongs to the word behind it
-        context, continuation = context[: len(context) - moved], context[len(context) - moved :] + continuation
-        whole = encode(context + continuation, tokenizer, "text").tolist()
-        before = len(encode(context, tokenizer, "text")) or 1
-        whole = whole if context else [tokenizer.eot_token, *whole]
-        count = len(whole) - before
-        if not 0 < count <= window:
-            raise ValueError(f"a continuation of {count} tokens, the model sees 1 to {window}: {continuation[:60]!r}")
-        rows.append((whole[-window - 1 :], count))
+    rows = [_row(*pair, tokenizer, net.config.context_length) for pair in pairs]
     order = sorted(range(len(rows)), key=lambda at: -len(rows[at][0]))
     found: list[Any] = [None] * len(rows)
     device = net.tok_emb.weight.device
@@ -57,9 +47,8 @@ def likelihoods(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             longest = len(rows[chosen[0]][0])
-            padded = [
-                rows[at][0] + [0] * (longest - len(rows[at][0])) for at in chosen
-            ]  # behind: nothing attends to it
+            behind = [[0] * (longest - len(rows[at][0])) for at in chosen]  # nothing attends to it
+            padded = [rows[at][0] + zeros for at, zeros in zip(chosen, behind, strict=True)]
             tokens = torch.tensor(padded, device=device)  # (B, T + 1)
             logits = net(tokens[:, :-1])  # (B, T, V)
             for row, at in enumerate(chosen):
@@ -71,6 +60,29 @@ def likelihoods(
                 found[at] = Likelihood(scores.sum().item(), bool((steps.argmax(-1) == targets).all()))
             progress(len(chosen))
     return found
+
+
+def _row(context: str, continuation: str, tokenizer: tiktoken.Encoding, window: int) -> tuple[list[int], int]:
+    """The tokens of both, as many as the model can see, and how many of them continue."""
+    moved = len(context) - len(context.rstrip())  # a space belongs to the word behind it
+    context, continuation = context[: len(context) - moved], context[len(context) - moved :] + continuation
+    whole = encode(context + continuation, tokenizer, "text").tolist()
+    before = len(encode(context, tokenizer, "text")) or 1
+    whole = whole if context else [tokenizer.eot_token, *whole]
+    count = len(whole) - before
+    if not 0 < count <= window:
+        raise ValueError(f"a continuation of {count} tokens, the model sees 1 to {window}: {continuation[:60]!r}")
+    return whole[-window - 1 :], count
+
+
+def check_lengths(key: str, examples: list, tokenizer: tiktoken.Encoding, window: int) -> None:
+    """A ValueError where a passage's last word or an ending is longer than the ``window`` of the model."""
+    pairs = [pair for one in examples for pair in (one.pairs() if isinstance(one, Question) else [one])]
+    try:
+        for pair in pairs:
+            _row(*pair, tokenizer, window)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}: {key}=null or weights=<a model with more context>") from None
 
 
 def read_passages(path: str) -> list[tuple[str, str]]:
@@ -103,6 +115,9 @@ class Question(NamedTuple):
     endings: list[str]
     label: int
 
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(self.context, f" {ending}") for ending in self.endings]
+
 
 def read_questions(path: str) -> list[Question]:
     """Each question of a file in HellaSwag's format, ``{"ctx": ..., "endings": [...], "label": n}`` a line.
@@ -130,7 +145,7 @@ def multiple_choice(
 ) -> dict[str, float]:
     """Share of questions whose right ending is the likeliest: ``accuracy`` by log-probability, ``accuracy_normalised``
     by log-probability per character."""
-    pairs = [(question.context, f" {ending}") for question in questions for ending in question.endings]
+    pairs = [pair for question in questions for pair in question.pairs()]
     found = iter(likelihoods(net, pairs, tokenizer, batch_size, **options))
     right = normalised = 0
     for _, endings, label in questions:
@@ -146,6 +161,8 @@ def _question(line: dict[str, Any]) -> Question:
     context = f"{line['ctx_a']} {line['ctx_b'].capitalize()}" if "ctx_a" in line else line["ctx"]
     if "activity_label" in line:
         context = f"{line['activity_label']}: {context}"
+    if not isinstance(line["endings"], list):
+        raise TypeError
     return Question(_tidy(context), [_tidy(ending) for ending in line["endings"]], int(line["label"]))
 
 
@@ -156,19 +173,21 @@ def _tidy(text: str) -> str:
 
 
 def _lines(path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    cure, number = f"{key}=<a file of JSON lines>", 0
+    cure, found, number = f"{key}=<a file of JSON lines>", 0, 0
     try:
-        for number, line in enumerate(Path(path).expanduser().read_text(encoding="utf-8").splitlines(), start=1):
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 content = json.loads(line)
                 if not isinstance(content, dict):
                     raise ValueError(f"{key}={path}: line {number} is no JSON object: {cure}")
+                found += 1
                 yield number, content
     except OSError as error:
         raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {cure}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}={path} is not UTF-8, see byte {error.start}: {cure}") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{key}={path}: line {number} is no JSON: {cure}") from None
-    if not number:
+    if not found:
         raise ValueError(f"{key}={path} is empty: {cure}")

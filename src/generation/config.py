@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,8 +36,10 @@ class Sampling:
             found.append(f"top_p={self.top_p} must lie above 0 and up to 1: top_p=0.9, or top_p=null for all tokens")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             found.append(f"min_p={self.min_p} must lie between 0 and 1: min_p=0.05, or min_p=null for all tokens")
-        if not 0 < self.repetition_penalty < float("inf"):
-            found.append(f"repetition_penalty={self.repetition_penalty} must be above 0: repetition_penalty=1.0")
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            found.append(
+                f"repetition_penalty={self.repetition_penalty} must lie between 0.001 and 1000: repetition_penalty=1.0"
+            )
         return found
 
 
@@ -55,10 +59,10 @@ class GenerationConfig(Sampling):
         for key, cure in ("max_new_tokens", 50), ("num_samples", 1), ("num_beams", 1):
             if getattr(self, key) < 1:
                 found.append(f"{key}={getattr(self, key)} must be at least 1: {key}={cure}")
-        if not abs(self.length_penalty) < float("inf"):
-            found.append(f"length_penalty={self.length_penalty} is no number: length_penalty=1.0")
-        if self.seed < 0:
-            found.append(f"seed={self.seed} cannot be negative: seed=1")
+        if not -100 <= self.length_penalty <= 100:
+            found.append(f"length_penalty={self.length_penalty} must lie between -100 and 100: length_penalty=1.0")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed={self.seed} must be at least 0 and below 2**63: seed=1")
         if self.num_beams > 1 and self.temperature:
             found.append(
                 f"num_beams={self.num_beams} searches, temperature={self.temperature} draws: temperature=0 or "

@@ -16,6 +16,7 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     """
     logits = penalise_repetition(logits.float(), sampling.repetition_penalty, seen)
     temperatures = torch.as_tensor(sampling.temperature, dtype=torch.float32, device=logits.device)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # else a tiny temperature makes infinities of them
     logits = logits / temperatures.masked_fill(temperatures == 0, 1.0)
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # (B, 1)

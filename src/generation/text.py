@@ -52,7 +52,8 @@ class TextStream:
 
     def _undecided(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""
-        lengths = range(max((len(text) for text in self._stop), default=1) - 1, 0, -1)
+        longest = max((len(text) for text in self._stop), default=1) - 1
+        lengths = range(min(longest, len(self._held)), 0, -1)
         return next((n for n in lengths if any(text.startswith(self._held[-n:]) for text in self._stop)), 0)
 
     def _release(self, undecided: int) -> str:
@@ -87,11 +88,7 @@ def continue_texts(
         ValueError: the model's vocabulary is smaller than the tokenizer's.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
-    if net.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"the model knows {net.config.vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}: "
-            f"weights=<a model of {tokenizer.n_vocab:,} tokens>"
-        )
+    check_vocabulary(net, tokenizer)
     device = net.tok_emb.weight.device
     rows = [text_to_token_ids(prompt, tokenizer, special_tokens).squeeze(0) for prompt in prompts]
     rows = [row if len(row) else torch.tensor([tokenizer.eot_token]) for row in rows]
@@ -125,6 +122,15 @@ def continue_texts(
         written = [_continuation(row, stop, tokenizer) for row in torch.cat(steps, dim=1).tolist()]
         found += [written[at : at + config.num_samples] for at in range(0, len(written), config.num_samples)]
     return found
+
+
+def check_vocabulary(net: GPT, tokenizer: tiktoken.Encoding) -> None:
+    """A ValueError where the model's vocabulary is smaller than the tokenizer's."""
+    if net.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"the model knows {net.config.vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}: "
+            f"weights=<a model of {tokenizer.n_vocab:,} tokens>"
+        )
 
 
 def _continuation(

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.interop.locate import BOOK_FILE
-from src.interop.names import RefusedError, from_ours, to_ours
+from src.interop.locate import BOOK_FILE, read_json
+from src.interop.names import RefusedError, check_tensors, from_ours, to_ours
 from src.model.config import GPTConfig
 
 CONFIG_FILE = "model.json"
@@ -29,19 +29,18 @@ def read_book(
     Its shapes say everything but the number of heads, which comes from the ``GPT_CONFIG`` in ``model.json`` beside the
     file, or else from GPT-2's head size of 64. A head equal to the token embedding is taken for a tied one.
     """
+    check_tensors(tensors, refuse)
+    beside = path.parent / CONFIG_FILE
     try:
-        given = json.loads((path.parent / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        given = {}
-    except (OSError, ValueError) as error:
-        raise refuse(f"{CONFIG_FILE} beside it cannot be read ({error})") from None
+        given = read_json(beside) if beside.exists() else {}
+    except ValueError as error:
+        raise refuse(str(error)) from None
     try:
         vocab_size, emb_dim = tensors["tok_emb.weight"].shape
         layers = {int(name.split(".")[1]) for name in tensors if name.startswith("trf_blocks.")}
         if "n_heads" not in given and emb_dim % HEAD_SIZE:
             raise refuse(
-                f'it does not say how many heads it has: write its GPT_CONFIG, {{"n_heads": ...}} at least, to '
-                f"{path.parent / CONFIG_FILE}"
+                f'it does not say how many heads it has: write its GPT_CONFIG, {{"n_heads": ...}} at least, to {beside}'
             )
         config = GPTConfig(
             vocab_size=vocab_size,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.interop.locate import HUGGINGFACE_FILES
-from src.interop.names import RefusedError, from_ours, to_ours
+from src.interop.locate import HUGGINGFACE_FILES, read_json
+from src.interop.names import RefusedError, check_tensors, from_ours, to_ours
 from src.model.config import GPTConfig
 from src.training.sealed import read_sealed
 
@@ -26,24 +26,30 @@ DEFAULTS = {  # of transformers' GPT2Config; and what of it this model computes
 }
 
 
-def read_huggingface(folder: Path, refuse: Callable[[str], RefusedError]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Config and weights, in our layout, of a folder with ``config.json`` and safetensors or ``.bin``, sharded or
-    not."""
+def read_huggingface(
+    folder: Path, refuse: Callable[[str], RefusedError], file: str | None = None
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Config and weights, in our layout, of a folder with ``config.json`` and safetensors or ``.bin``, sharded or not;
+    ``file`` names one of several."""
     try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = _config(given, refuse)
+        config = _config(read_json(folder / "config.json"), refuse)
     except RefusedError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise refuse(f"its config.json cannot be read ({type(error).__name__}: {error})") from None
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in _tensors(folder, refuse).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise refuse(_reason(error)) from None
+    tensors = _tensors(folder, file, refuse)
     biases = [name for name in tensors if name.endswith("attn.c_attn.bias")]
     if not config.qkv_bias:
         if any(tensors[name].any() for name in biases):  # trained since
-            config = GPTConfig(**asdict(config) | {"qkv_bias": True})
+            config = replace(config, qkv_bias=True)
         else:
-            for name in biases:
-                del tensors[name]
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    embedding, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
+    if config.tie_weights and head is not None:
+        if embedding is None:
+            tensors["wte.weight"] = head
+        elif not embedding.equal(head):  # transformers does not tie these either, whatever the config says
+            config = replace(config, tie_weights=False)
     return config, to_ours(tensors, config, "huggingface", refuse)
 
 
@@ -98,7 +104,7 @@ def _config(given: dict[str, Any], refuse: Callable[[str], RefusedError]) -> GPT
         emb_dim=given.get("n_embd", 768),
         n_heads=given.get("n_head", 12),
         n_layers=given.get("n_layer", 12),
-        drop_rate=float(given.get("resid_pdrop", 0.1)),
+        drop_rate=given.get("resid_pdrop", 0.1),
         qkv_bias=own.get("qkv_bias", True),
         tie_weights=given.get("tie_word_embeddings", True),
         init=own.get("init", "gpt2"),
@@ -108,30 +114,47 @@ def _config(given: dict[str, Any], refuse: Callable[[str], RefusedError]) -> GPT
     return config
 
 
-def _tensors(folder: Path, refuse: Callable[[str], RefusedError]) -> dict[str, Tensor]:
-    name = next(name for name in HUGGINGFACE_FILES if (folder / name).is_file())
-    files = [name]
-    if name.endswith(".index.json"):
+def _tensors(folder: Path, file: str | None, refuse: Callable[[str], RefusedError]) -> dict[str, Tensor]:
+    """Everything in the ``file``, or in the shards that it is the index of, by names without a prefix."""
+    file = file or next(name for name in HUGGINGFACE_FILES if (folder / name).is_file())
+    files = [file]
+    if file.endswith(".index.json"):
         try:
-            index = json.loads((folder / name).read_text(encoding="utf-8"))
-            files = sorted(set(index["weight_map"].values()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise refuse(f"its {name} cannot be read ({type(error).__name__}: {error})") from None
-        if outside := [file for file in files if Path(file).name != file]:
-            raise refuse(f"its {name} names {outside[0]}, which is not in the folder")
-        if missing := [file for file in files if not (folder / file).is_file()]:
+            files = sorted({str(part) for part in read_json(folder / file)["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise refuse(_reason(error)) from None
+        if outside := [part for part in files if Path(part).name != part]:
+            raise refuse(f"its {file} names {outside[0]}, which is not in the folder")
+        if missing := [part for part in files if not (folder / part).is_file()]:
             raise refuse(f"it lacks {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= read_tensors(folder / file, refuse)
+    for part in files:
+        found = _read_tensors(folder / part, refuse)
+        check_tensors(found, refuse)
+        for name, tensor in found.items():
+            name = name.removeprefix("transformer.")
+            if name in tensors:
+                raise refuse(f"it has {name} twice")
+            tensors[name] = tensor
     return tensors
 
 
-def read_tensors(path: Path, refuse: Callable[[str], RefusedError]) -> dict[str, Tensor]:
-    """Names and tensors of one file, safetensors or PyTorch's."""
+def _read_tensors(path: Path, refuse: Callable[[str], RefusedError]) -> Any:
     if path.suffix != ".safetensors":
         return read_sealed(path, "weights")
     try:
+        with path.open("rb"):
+            pass
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise refuse(f"{path.name} is damaged ({error})") from None
+    except OSError as error:
+        raise refuse(f"{path.name} cannot be read ({error.strerror})") from None
+    except SafetensorError as error:
+        reason = str(error)[:100].encode("unicode_escape").decode()
+        raise refuse(f"{path.name} is damaged ({reason})") from None
+
+
+def _reason(error: Exception) -> str:
+    """A ValueError's words, in one line and without a cure that is not ours; of others, what they are."""
+    if isinstance(error, ValueError):
+        return "; ".join(line.split(": model.")[0] for line in str(error).splitlines())
+    return f"its config.json or index cannot be understood ({type(error).__name__}: {error})"

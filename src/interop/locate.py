@@ -1,7 +1,9 @@
 """What ``weights=`` names, told from the file system alone."""
 
+import json
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Repositories of the Hugging Face hub, each pinned to a commit.
 HUB = {
@@ -20,7 +22,8 @@ HUGGINGFACE_FILES = (
 
 
 class Source(NamedTuple):
-    """``kind``: ``file``, ``run``, ``huggingface``, ``openai`` or ``hub``. ``path``: the file or folder."""
+    """``kind``: ``file``, ``run``, ``huggingface``, ``openai`` or ``hub``. ``path``: the file, folder, prefix or
+    name."""
 
     kind: str
     path: Path
@@ -32,18 +35,18 @@ def locate(weights: str, key: str = "weights") -> Source:
     Raises:
         ValueError: nothing there, a folder without weights, or a name that is not known.
     """
-    path = Path(weights).expanduser()
+    if not weights:
+        raise ValueError(f"{key} is empty: {key}=<run folder>, or {key}=gpt2")
+    path = Path(os.path.expanduser(weights))
     try:
         if path.is_file():
-            return Source("openai", path.parent) if path.suffix == ".index" else Source("file", path)
+            return Source("openai", path.with_suffix("")) if path.suffix == ".index" else Source("file", path)
         if path.is_dir():
             return _folder(path, key)
-        if path.with_name(f"{path.name}.index").is_file():  # TensorFlow's way to name a checkpoint
-            return Source("openai", path.parent)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError):
-            raise ValueError(f"{key}={weights} cannot be read ({error.strerror}): {key}=<a readable file>") from None
-        raise
+        if path.name and path.with_name(f"{path.name}.index").is_file():  # TensorFlow's way to name a checkpoint
+            return Source("openai", path)
+    except OSError as error:
+        raise ValueError(f"{key}={weights} cannot be read ({error.strerror}): {key}=<a readable file>") from None
     name = weights.removeprefix("openai-community/")
     if name in HUB:
         return Source("hub", Path(name))
@@ -51,6 +54,34 @@ def locate(weights: str, key: str = "weights") -> Source:
         f"{key}={weights} is no file or folder (seen from {Path.cwd()}) and none of {', '.join(HUB)}: "
         f"{key}=<run folder>, or {key}=gpt2"
     )
+
+
+def problems_of_weights(weights: str) -> list[str]:
+    """Why nothing can be read from ``weights=``, as far as the file system tells; in a line, if any."""
+    try:
+        locate(weights)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Raises:
+        ValueError: no file, no JSON, or no object.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"its {path.name} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {path.name} is no JSON ({str(error)[:100]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"its {path.name} holds no JSON object")
+    return content
 
 
 def _folder(path: Path, key: str) -> Source:
@@ -69,7 +100,8 @@ def _folder(path: Path, key: str) -> Source:
             return Source("file", path / name)
     if jobs := sorted(job.parent.name for job in path.glob("*/checkpoints")):
         raise ValueError(f"{key}={path} is a sweep of several runs: {key}={path / jobs[0]}")
+    inside = [file.parent for file in (*path.glob("*/config.json"), *path.glob("*/hparams.json"))]
     raise ValueError(
         f"{key}={path} is a folder without weights, such as checkpoints/, model.safetensors, model.ckpt.index or "
-        f"{BOOK_FILE}: {key}=<a folder that has them>"
+        f"{BOOK_FILE}: {key}={inside[0] if inside else '<a folder that has them>'}"
     )

@@ -34,7 +34,9 @@ def model_card(config: GPTConfig, record: dict[str, Any], name: str) -> str:
     if record:
         lines += ["", "## How it was trained", "", "| | |", "|---|---|"]
         lines += [f"| {key.replace('_', ' ')} | `{record[key]}` |" for key in SHOWN if record.get(key) is not None]
-        versions = ", ".join(f"{package} {version}" for package, version in record.get("versions", {}).items())
+        versions = record.get("versions")
+        versions = versions.items() if isinstance(versions, dict) else ()
+        versions = ", ".join(f"{package} {version}" for package, version in versions)
         lines += [f"| versions | {versions} |", "", "```json", json.dumps(record.get("config", {}), indent=2), "```"]
     lines += [
         "",

@@ -1,6 +1,7 @@
 """The one table of tensor names, and what each layout does to a tensor."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,10 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """``tensors`` of a file in ``layout`` as a state dict of ours, float32; a tied head is the token embedding.
 
-    ``refuse`` makes an error of a reason: tensors that are missing, or more than the model has, or of another shape.
+    ``refuse`` makes an error of a reason: tensors that are missing, or more than the model has, or of another shape, or
+    that hold infinities or NaN.
     """
+    check_tensors(tensors, refuse)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     if config.n_layers > len(tensors):
         raise refuse(f"it has {len(tensors)} tensors, too few for a model of {config.n_layers} layers")
@@ -95,10 +98,11 @@ def to_ours(
     for name, shape in wanted.items():
         theirs = their_names(name, layout)
         if name == "head.weight" and config.tie_weights:
-            for copy in theirs:
-                tensors.pop(copy, None)
             if "tok_emb.weight" in found:
                 found[name] = found["tok_emb.weight"]
+                for one in theirs:
+                    if not found[name].equal(tensors.pop(one, found[name]).float()):
+                        raise refuse(f"{one} is not the token embedding that it should be tied to")
             continue
         if absent := [one for one in theirs if one not in tensors]:
             missing += absent
@@ -123,6 +127,17 @@ def from_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     return found
 
 
+def check_tensors(tensors: Any, refuse: Callable[[str], RefusedError]) -> None:
+    """Whether ``tensors`` are names and dense tensors in memory, none larger than what the file held of it."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise refuse("it holds no tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise refuse(f"{_listed([name])} is no dense tensor")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise refuse(f"{_listed([name])} claims {tensor.nbytes:,} bytes, the file has fewer")
+
+
 def _whole(
     parts: list[Tensor], name: str, shape: tuple[int, ...], layout: str, theirs: list[str], refuse: Callable
 ) -> Tensor:
@@ -134,10 +149,13 @@ def _whole(
     for one, part in zip(theirs, parts, strict=True):
         if tuple(part.shape) != stored or not part.is_floating_point():
             raise refuse(f"{one} is {tuple(part.shape)} {str(part.dtype)[6:]}, the model has {stored}")
+        if not torch.nn.utils.get_total_norm([part], float("inf")).isfinite():
+            raise refuse(f"{one} holds infinities or NaN")
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return (whole.t() if conv1d else whole).float()
 
 
 def _listed(names: list[str]) -> str:
+    """The first of ``names``, as a terminal can show them."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(name[:100].encode("unicode_escape").decode() for name in names[:SHOWN]) + more

@@ -6,7 +6,7 @@ which each repeats only what differs from the one before. Its values are TensorF
 format of Protocol Buffers (``tensorflow/core/protobuf/tensor_bundle.proto``).
 """
 
-import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src.interop.locate import read_json
 from src.interop.names import RefusedError, to_ours
 from src.model.config import GPTConfig
 
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
+LONGEST_NAME = 1000  # bytes
 DTYPES = {1: np.float32, 2: np.float64, 19: np.float16}  # DT_FLOAT, DT_DOUBLE, DT_HALF
 
 
@@ -30,10 +32,17 @@ class Entry(NamedTuple):
     size: int
 
 
-def read_openai(folder: Path, refuse: Callable[[str], RefusedError]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Config and weights, in our layout, of a folder with ``hparams.json`` and a checkpoint."""
+def read_openai(path: Path, refuse: Callable[[str], RefusedError]) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Config and weights, in our layout, of a checkpoint with ``hparams.json`` beside it; ``path`` is the checkpoint's
+    prefix, or the folder of one."""
+    prefix = path
+    if path.is_dir():
+        indices = sorted(path.glob("*.index"))
+        if len(indices) != 1:
+            raise refuse(f"it has {len(indices)} checkpoints, name one of {', '.join(index.stem for index in indices)}")
+        prefix = indices[0].with_suffix("")
     try:
-        numbers = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
+        numbers = read_json(prefix.parent / "hparams.json")
         config = GPTConfig(
             vocab_size=numbers["n_vocab"],
             context_length=numbers["n_ctx"],
@@ -43,41 +52,45 @@ def read_openai(folder: Path, refuse: Callable[[str], RefusedError]) -> tuple[GP
             qkv_bias=True,
             tie_weights=True,
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise refuse(f"its hparams.json cannot be read ({type(error).__name__}: {error})") from None
-    indices = sorted(folder.glob("*.index"))
-    if len(indices) != 1:
-        raise refuse(f"it has {len(indices)} checkpoints ({', '.join(index.name for index in indices)}), keep one")
+    except KeyError as error:
+        raise refuse(f"its hparams.json has no {error}") from None
     try:
-        tensors = dict(read_bundle(indices[0].with_suffix("")))
-    except (ValueError, IndexError, OSError) as error:
-        raise refuse(f"its checkpoint {indices[0].stem} is damaged ({error})") from None
-    tensors = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+        tensors = dict(read_bundle(prefix, "model/"))
+    except OSError as error:
+        raise refuse(f"its checkpoint lacks {Path(error.filename or prefix).name} ({error.strerror})") from None
+    except (ValueError, IndexError, TypeError, OverflowError, RuntimeError) as error:
+        reason = str(error)[:100].encode("unicode_escape").decode()
+        raise refuse(f"its checkpoint {prefix.name} is damaged ({reason})") from None
     return config, to_ours(tensors, config, "openai", refuse)
 
 
-def read_bundle(prefix: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every floating-point tensor of the checkpoint ``prefix``, mapped from its files.
+def read_bundle(prefix: Path, beginning: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Names, without their ``beginning``, and values of the floating-point tensors of the checkpoint ``prefix`` whose
+    names begin so.
 
     Raises:
-        ValueError, IndexError: a table that is none.
+        ValueError, IndexError, TypeError, OverflowError: a table that is none.
         OSError: a file that is missing.
     """
     entries = {key.decode(): value for key, value in _table(prefix.with_name(f"{prefix.name}.index").read_bytes())}
     shards = _first(_fields(entries.pop("", b"")), 1, 1)
-    data = {}
+    data: dict[int, np.ndarray] = {}
+    left: dict[int, int] = {}  # bytes of each file that no tensor has claimed
     for name, value in entries.items():
         entry = _entry(value)
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPES or not name.startswith(beginning):
             continue
         if entry.shard not in data:
             file = prefix.with_name(f"{prefix.name}.data-{entry.shard:05d}-of-{shards:05d}")
             data[entry.shard] = np.memmap(file, mode="r")
+            left[entry.shard] = len(data[entry.shard])
+        left[entry.shard] -= entry.size
         values = data[entry.shard][entry.offset : entry.offset + entry.size]
-        count = int(np.prod(entry.shape, dtype=np.int64)) * np.dtype(DTYPES[entry.dtype]).itemsize
-        if len(values) != entry.size or entry.size != count:
+        count = math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+        if len(values) != entry.size or entry.size != count or left[entry.shard] < 0:
             raise ValueError(f"{name} has {len(values)} bytes, {entry.shape} take {count}")
-        yield name, torch.from_numpy(np.array(values).view(DTYPES[entry.dtype]).reshape(entry.shape))
+        array = np.array(values).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        yield name.removeprefix(beginning), torch.from_numpy(array)
 
 
 def _entry(value: bytes) -> Entry:
@@ -91,7 +104,10 @@ def _entry(value: bytes) -> Entry:
 
 
 def _first(fields, number: int, default: int) -> int:
-    return next((value for n, value in fields if n == number), default)
+    value = next((value for n, value in fields if n == number), default)
+    if not isinstance(value, int):
+        raise ValueError("a text where a number should be")
+    return value
 
 
 def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -116,6 +132,8 @@ def _block(file: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
         shared, at = _varint(block, at)
         unshared, at = _varint(block, at)
         length, at = _varint(block, at)
+        if shared + unshared > LONGEST_NAME:
+            raise ValueError(f"a name of {shared + unshared} bytes")
         key = key[:shared] + block[at : at + unshared]
         yield key, block[at + unshared : at + unshared + length]
         at += unshared + length
@@ -149,3 +167,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")

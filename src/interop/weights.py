@@ -17,7 +17,7 @@ from src.interop.names import RefusedError, to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
-from src.training.checkpoint import newest_good_checkpoint, read_checkpoint
+from src.training.checkpoint import newest_good_checkpoint
 from src.training.sealed import DamagedError, read_sealed, write_atomically
 
 log = logging.getLogger(__name__)
@@ -48,15 +48,14 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
             return read_huggingface(path, refuse)
         if kind == "openai":
             return read_openai(path, refuse)
-        if path.suffix == ".safetensors" or path.name.endswith((".bin", ".index.json")):
-            if not (path.parent / "config.json").is_file():
-                raise refuse("there is no config.json beside it, which says its shape")
-            return read_huggingface(path.parent, refuse)
+        if path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"):
+            return read_huggingface(path.parent, refuse, path.name)
         return _of_content(read_sealed(path, key), path, refuse)
     except ValueError as error:
         if isinstance(error, RefusedError) or str(error).startswith(f"{key}="):
             raise
-        raise refuse("; ".join(str(error).splitlines())) from None  # numbers that no model can have
+        reasons = [line.split(": model.")[0] for line in str(error).splitlines()]
+        raise refuse("; ".join(reasons)) from None  # numbers that no model can have
 
 
 def load_weights(weights: str | Path, device: torch.device | str = "cpu", key: str = "weights") -> GPT:
@@ -85,7 +84,7 @@ def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
     best = checkpoints / "best.ckpt"
     if best.is_file():
         try:
-            return best, read_checkpoint(best, key)
+            return best, read_sealed(best, key)
         except DamagedError as error:
             log.warning("%s", str(error).split(f": {key}=")[0])
     found = newest_good_checkpoint(checkpoints)
@@ -109,5 +108,5 @@ def _of_content(content: Any, path: Path, refuse: Callable[[str], Exception]) ->
                 return read_book(tensors, path, refuse)
             raise KeyError("tok_emb")
         return config, to_ours(tensors, config, "ours", refuse)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RuntimeError):
         raise refuse("it holds no GPT of this project or of the book") from None

@@ -1,6 +1,6 @@
 """The shape of a GPT-2-family model, as numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,21 @@ class GPTConfig:
 
     def problems(self) -> list[str]:
         """Every reason why no model can have these numbers, one line each, with the override that mends it."""
+        wrong = [
+            f"model.{field.name}={getattr(self, field.name)} is not of type {field.type.__name__}: "
+            f"model.{field.name}={field.default}"
+            for field in fields(self)
+            if type(getattr(self, field.name)) not in ((int, float) if field.type is float else (field.type,))
+        ]
+        if wrong:
+            return wrong
         found = [
             f"model.{key}={getattr(self, key)} must be at least 1: model.{key}={default}"
             for key, default in dict(vocab_size=50257, context_length=256, emb_dim=768, n_heads=12, n_layers=12).items()
             if getattr(self, key) < 1
         ]
         if not found and self.emb_dim % self.n_heads:
-            fits = max(h for h in range(1, self.n_heads + 1) if self.emb_dim % h == 0)
+            fits = max(h for h in range(1, min(self.n_heads, self.emb_dim) + 1) if self.emb_dim % h == 0)
             nearest = max(round(self.emb_dim / self.n_heads), 1) * self.n_heads
             found.append(
                 f"model.emb_dim={self.emb_dim} is not divisible by model.n_heads={self.n_heads}: "

@@ -114,6 +114,8 @@ def read_sealed(path: Path, key: str) -> Any:
     cure = f"{key}=<run folder>/checkpoints/last.ckpt"
     try:
         sealed = _is_sealed(path)
+        if not sealed:
+            _check_size(path)
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which are refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=sealed)
     except FileNotFoundError:
@@ -131,6 +133,17 @@ def read_sealed(path: Path, key: str) -> Any:
     if isinstance(content, dict) and "state_dict" in content and not sealed:
         raise DamagedError(f"{key}={path} is damaged, or not of this project, it has no SHA-256: {cure}")
     return content
+
+
+def _check_size(path: Path) -> None:
+    """PyTorch never compresses; what would unfold to more than its file is not PyTorch's."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = archive.infolist()
+        if any(file.compress_type != zipfile.ZIP_STORED for file in files):
+            raise DamagedError("its content is compressed")
+        if sum(file.file_size for file in files) > path.stat().st_size:
+            raise DamagedError("its parts are larger than the whole")
 
 
 def _code_in(path: Path) -> list[str]:
@@ -153,10 +166,10 @@ def _code_in(path: Path) -> list[str]:
                     found.append(value.replace(" ", "."))
                 elif code.name == "STACK_GLOBAL":
                     found.append(".".join(strings[-2:]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError, OverflowError):
-        pass  # what follows is no pickle
+    except Exception:  # what follows is no pickle, or one that is broken
+        pass
     harmless = re.compile(r"torch\.(_utils\._rebuild|\w+Storage$|\w+\d+$)|collections\.OrderedDict$|_codecs\.encode$")
-    return [name for name in dict.fromkeys(found) if not harmless.match(name)]
+    return [name.encode("unicode_escape").decode() for name in dict.fromkeys(found) if not harmless.match(name)]
 
 
 def _is_sealed(path: Path) -> bool:
