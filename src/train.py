@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src import cli, report
 from src.continuation import adopt_model, check_text, different_model, different_values, steps_of_schedule
 from src.data.config import DataConfig
-from src.interop.locate import locate
+from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
 from src.record import RunRecord, read_record
 from src.resume import command_line, requeue, resumed_overrides
@@ -99,10 +99,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
             f"ckpt_path=<run folder>/checkpoints/last.ckpt"
         )
     if top.weights is not None and not top.resume:
-        try:
-            locate(top.weights)
-        except ValueError as error:
-            found.append(str(error))
+        found += problems_of_weights(top.weights)
     return found
 
 
@@ -180,6 +177,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
         _adopt(cfg, asdict(model), cfg.weights)
+    if cfg.weights:
         record.update(config=OmegaConf.to_container(cfg, resolve=True))
     trainer = build_trainer(cfg, folder, interruption)
     if trainer.strategy.root_device.type == "cpu":

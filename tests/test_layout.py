@@ -17,7 +17,7 @@ ALLOWED = {
     "tokenizer": {"tokenizer"},
     "data": {"data", "tokenizer"},
     "generation": {"generation", "model", "tokenizer"},
-    "interop": {"interop", "model", "training", "tokenizer"},
+    "interop": {"interop", "model", "training"},
     "evaluation": {"evaluation", "generation", "model", "tokenizer"},
     "training": {"training", "generation", "model", "tokenizer"},
     "callbacks": {"callbacks", "training", "generation", "model", "tokenizer"},

@@ -237,6 +237,7 @@ def test_a_run_that_began_with_weights_goes_on_without_them(tiny_run, tmp_path):
     cut = tiny_run(*overrides, "trainer.max_steps=3")
     (tmp_path / "model.safetensors").unlink()
     rest = tiny_run(*overrides, "trainer.max_steps=5", resume=cut.folder)
+    assert rest.record["config"]["model"] == whole.record["config"]["model"]
     assert column(rest, "train/loss") == column(whole, "train/loss")
     assert torch.equal(rest.module.net.tok_emb.weight, whole.module.net.tok_emb.weight)
 
