@@ -79,16 +79,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         tasks.check_lengths(task.__name__, examples, tokenizer, net.config.context_length)
     length = config.context_length or net.config.context_length
     with _progress("tokens", len(tokens) - 1) as progress:
-        found = losses.text_loss(
-            net,
-            tokens,
-            length,
-            config.stride,
-            data.batch_size,
-            token_byte_counts(tokenizer),
-            config.surprises,
-            progress,
-        )
+        byte_counts = token_byte_counts(tokenizer)
+        settings = (length, config.stride, data.batch_size, byte_counts, config.surprises)
+        found = losses.text_loss(net, tokens, *settings, progress)
     result: dict[str, Any] = {
         "status": "completed",
         "weights": config.weights,

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from src.interop.book import write_book
+from src.interop.bundle import MAGIC, read_bundle
 from src.interop.huggingface import write_huggingface
 from src.interop.locate import HUB, locate
 from src.interop.names import from_ours, shapes, their_names
-from src.interop.openai import MAGIC, read_bundle
 from src.interop.tokenizer_files import merges_of
 from src.interop.weights import build, load_weights, read_weights, save_weights
 from src.model.config import GPTConfig

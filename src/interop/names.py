@@ -10,8 +10,8 @@ from src.model.config import GPTConfig
 
 LAYOUTS = ("ours", "huggingface", "openai", "book")
 
-# {} is the number of the layer, * stands for query, key and value, which the book keeps apart. Hugging Face's files
-# name all but the head with or without "transformer." in front; OpenAI's have "model/" in front.
+# {} is the layer, * stands for query, key and value, which the book keeps apart. Hugging Face's files may have
+# "transformer." in front of all but the head, OpenAI's have "model/".
 TABLE = (
     # ours                          Hugging Face                   OpenAI                  the book
     ("tok_emb.weight", "wte.weight", "wte", "tok_emb.weight"),
@@ -71,8 +71,7 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 def their_names(name: str, layout: str) -> list[str]:
     """What ``layout`` calls our tensor ``name``: one name, or three for query, key and value, or none."""
-    parts = name.split(".")
-    number = parts[1] if parts[0] == "blocks" else ""
+    number = name.split(".")[1] if name.startswith("blocks.") else ""
     ours = name.replace(f"blocks.{number}.", "blocks.{}.") if number else name
     theirs = next(row for row in TABLE if row[0] == ours)[LAYOUTS.index(layout)]
     if theirs is None:
