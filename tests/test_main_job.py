@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from src import cli
 from src.cli import CONF
+from src.data.download import fetch
 
 pytestmark = pytest.mark.slow
 REFERENCE = {  # the book's chapter 5 on The Verdict, before training
@@ -23,11 +25,9 @@ def verdict() -> Path | None:
     beside = CONF.parents[1] / "shared" / "data" / "the-verdict.txt"
     if beside.exists():
         return beside
-    from src.data.corpus import _download
-
+    data = cli.compose("train", ["data=the_verdict"]).data
     try:
-        data = (CONF / "data" / "the_verdict.yaml").read_text()
-        return _download(re.search(r"url: (.*)", data)[1], re.search(r"sha256: (.*)", data)[1])
+        return fetch([data.url, *data.mirrors], data.sha256, data.size)
     except ValueError:
         return None
 
