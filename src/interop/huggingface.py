@@ -48,7 +48,8 @@ def read_huggingface(
     if config.tie_weights and head is not None:
         if embedding is None:
             tensors["wte.weight"] = head
-        elif not (embedding.dtype == head.dtype and embedding.equal(head)):  # transformers does not tie these either, whatever the config says
+        elif embedding.dtype != head.dtype or not embedding.equal(head):
+            # transformers does not tie these either, whatever the config says
             config = replace(config, tie_weights=False)
     return config, to_ours(tensors, config, "huggingface", refuse)
 
