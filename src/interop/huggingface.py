@@ -33,10 +33,8 @@ def read_huggingface(
     ``file`` names one of several."""
     try:
         config = _config(read_json(folder / "config.json"), refuse)
-    except RefusedError:
-        raise
     except (ValueError, TypeError, AttributeError) as error:
-        raise refuse(_reason(error)) from None
+        raise error if isinstance(error, RefusedError) else refuse(_reason(error)) from None
     tensors = _tensors(folder, file, refuse)
     biases = [name for name in tensors if name.endswith("attn.c_attn.bias")]
     if not config.qkv_bias:
@@ -144,8 +142,7 @@ def _read_tensors(path: Path, refuse: Callable[[str], RefusedError]) -> Any:
     if path.suffix != ".safetensors":
         return read_sealed(path, "weights")
     try:
-        with path.open("rb"):
-            pass
+        path.open("rb").close()  # for the system's own words where that is refused
         return load_file(path)
     except OSError as error:
         raise refuse(f"{path.name} cannot be read ({error.strerror})") from None
