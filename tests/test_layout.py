@@ -35,6 +35,7 @@ ENTRIES = {
     "continuation",
     "sweep",
     "trainer",
+    "processes",
 }
 
 

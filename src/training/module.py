@@ -59,7 +59,7 @@ class PretrainingModule(LightningModule):
         self.steps_made = 0  # by this process
         self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
         self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
-        self._eval_batches: dict[str, list[tuple[Tensor, int]]] = {}  # split -> (sum of losses, tokens) per batch
+        self._eval_batches: dict[str, list[tuple[Tensor, Tensor]]] = {}  # split -> (sum of losses, tokens) per batch
         self._step = StepSoFar()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -122,6 +122,7 @@ class PretrainingModule(LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         losses = torch.stack(self._step.losses) if self._step.losses else norm.new_zeros(1)
+        losses = self.trainer.strategy.reduce(losses, reduce_op="mean")  # over the processes: all of them stop, or none
         finite = losses.isfinite().all()
         if scaler is None:  # which leaves such a step out by itself, and lowers its scale
             finite &= norm.isfinite()
@@ -133,7 +134,7 @@ class PretrainingModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         self.steps_made += 1
         if self._step.losses:  # not all skipped
-            self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
+            self.log("train/loss", losses.mean(), prog_bar=True)
         self._step = StepSoFar()
         metrics = {
             "step": self.global_step + 1,
@@ -150,14 +151,14 @@ class PretrainingModule(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets = batch
         loss = next_token_loss(self.net(inputs), targets, reduction="sum")
-        self._eval_batches.setdefault(EVAL_SPLITS[dataloader_idx], []).append((loss, targets.numel()))
+        self._eval_batches.setdefault(EVAL_SPLITS[dataloader_idx], []).append((loss, (targets >= 0).sum()))
 
     def eval_losses(self) -> dict[str, Tensor]:
         """Loss in nats per token of each split of the current evaluation: sum of losses over number of tokens."""
         losses = {}
         for split, batches in self._eval_batches.items():
             sums, tokens = zip(*batches, strict=True)
-            totals = self._exact([torch.stack(sums).cpu().double().sum().item(), sum(tokens)])
+            totals = self._exact([part.cpu().double().sum().item() for part in map(torch.stack, (sums, tokens))])
             total_loss, total_tokens = self.trainer.strategy.reduce(totals, reduce_op="sum")
             losses[split] = total_loss / total_tokens
         return losses
