@@ -319,13 +319,9 @@ def be_quiet() -> None:
 def lost_peer(error: BaseException) -> bool:
     """Whether ``error`` is what a process meets when another one of its run has died."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
-    return isinstance(error, FailedElsewhere) or (
-        world_size() > 1
-        and (
-            type(error).__name__.startswith("Dist")
-            or (type(error) is RuntimeError and any(s in str(error) for s in signs))
-        )
-    )
+    known = type(error) is RuntimeError and any(sign in str(error) for sign in signs)
+    known = known or type(error).__name__.startswith("Dist") or isinstance(error, FailedElsewhere)
+    return known and world_size() > 1
 
 
 def told_elsewhere(error: BaseException) -> bool:

@@ -63,8 +63,8 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
     trainer = Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
-    # The run listens for signals itself, and its processes agree once per step; Lightning's handler would wait for all of
-    # them in the middle of anything, and its own agreement for the GPU at each batch.
+    # The run listens for signals itself, and its processes agree once per step: Lightning's handler would wait for all
+    # of them in the middle of anything, and its own agreement for the GPU at each batch.
     trainer._signal_connector.register_signal_handlers = interruption.install
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer

@@ -71,8 +71,9 @@ class SeededSampler(Sampler[int]):
 
 
 class RankSampler(Sampler[int]):
-    """What one of ``ranks`` processes trains on: of every ``ranks * batch_size`` indices that ``sampler`` gives out, the
-    ``rank``-th share. The order as a whole is the same for any number of processes; an incomplete end is left out."""
+    """What one of ``ranks`` processes trains on: the ``rank``-th share of every ``ranks * batch_size`` indices that
+    ``sampler`` gives out. The order as a whole is the same for any number of processes; an incomplete end is left out.
+    """
 
     def __init__(self, sampler: SeededSampler, batch_size: int, rank: int, ranks: int) -> None:
         self.sampler = sampler
