@@ -145,6 +145,7 @@ def start(overrides: list[str], count: int, folder: Path) -> None:
     common = {  # as torchrun sets them
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": str(port)},
         **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", STARTED_HERE: "1"},
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # else stack traces at each lost process
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1))),
     }
     children: list[subprocess.Popen] = []
@@ -176,12 +177,10 @@ def start(overrides: list[str], count: int, folder: Path) -> None:
         interrupted.told = True
         raise interrupted
     if status < 0:
-        name, number = signal.Signals(-status).name, children.index(first)
-        print(
-            f"error: process {number} of {count} was killed by {name}, SIGKILL often for want of memory: "
-            f"resume={folder}",
-            file=sys.stderr,
-        )
+        name = signal.Signals(-status).name
+        why = ", often for want of memory" if name == "SIGKILL" else ""
+        number = children.index(first)
+        print(f"error: process {number} of {count} was killed by {name}{why}: resume={folder}", file=sys.stderr)
     raise FailedElsewhere(f"a process ended with status {status}")
 
 

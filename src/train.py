@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli, processes, report
-from src.continuation import adopt_model, check_text, different_model, different_values, steps_of_schedule
+from src.continuation import adopt_model, check_epoch, check_text, different_model, different_values, steps_of_schedule
 from src.data.config import DataConfig
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
@@ -137,7 +137,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     config = OmegaConf.to_container(cfg, resolve=True)
     speaks = processes.rank() == 0
     record = RunRecord(folder, command_line(overrides), overrides, config, resumed=bool(cfg.resume), speaks=speaks)
-    with Interruption() as interruption, closing(record):
+    with Interruption(speaks) as interruption, closing(record):
         try:
             run = _train(cfg, folder, record, interruption)
         except BaseException as error:
@@ -173,7 +173,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.device import device_name, keep_freed_memory
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.module import PretrainingModule
-    from src.training.optim import planned_steps
+    from src.training.optim import batches_per_epoch, planned_steps
 
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
@@ -189,10 +189,12 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches, **share)
     datamodule.prepare_data()
     datamodule.setup()
+    batches = batches_per_epoch(trainer, len(datamodule.train_dataloader()))
     steps = planned_steps(trainer, len(datamodule.train_dataloader()))
     _check_length(cfg, steps)
     if checkpoint:
         check_text(checkpoint, path, datamodule.fixed_values())
+        check_epoch(checkpoint, path, batches * datamodule.batch_windows)
         if checkpoint["global_step"] >= steps and (record.completed_before or not cfg.resume):
             raise ValueError(
                 f"{path} is at step {checkpoint['global_step']} of {steps:,}, there is nothing left to do: "
@@ -202,6 +204,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     torch.manual_seed(cfg.seed)
     config = OmegaConf.to_container(cfg, resolve=True)
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
+    module.net.checkpoint_activations = cfg.activation_checkpointing
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
         module.net.load_state_dict(weights)

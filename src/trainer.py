@@ -26,6 +26,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
     from src.training.checkpoint_io import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
+    from src.training.sharded import FullyShardedStrategy
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
@@ -60,6 +61,8 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
         options["max_epochs"] = DEFAULT_EPOCHS
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = sys.stdout.isatty()
+    if options["strategy"] == "fsdp":
+        options["strategy"] = FullyShardedStrategy()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
     trainer = Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)

@@ -84,8 +84,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         self._sampler = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
-        epoch, batches = self._resumed
-        self._sampler.resume_at(epoch, batches * self.batch_windows)
+        self._sampler.resume_at(*self._resumed)
         share = RankSampler(self._sampler, self.config.batch_size, self.rank, self.ranks)
         return self._loader(self.train_windows, sampler=share, drop_last=True)
 
@@ -113,11 +112,12 @@ class TextDataModule(LightningDataModule):
         """How far training has come in the data: the epoch and the batches of it already trained on."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if batches >= self.trainer.num_training_batches:
-            return {"epoch": self._sampler.epoch + 1, "batches": 0}
-        return {"epoch": self._sampler.epoch, "batches": batches}
+            return {"epoch": self._sampler.epoch + 1, "batches": 0, "batch_windows": self.batch_windows}
+        return {"epoch": self._sampler.epoch, "batches": batches, "batch_windows": self.batch_windows}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._resumed = (state_dict["epoch"], state_dict["batches"])
+        windows = state_dict.get("batch_windows", self.batch_windows)
+        self._resumed = (state_dict["epoch"], state_dict["batches"] * windows)
 
     def fixed_values(self) -> dict[str, Any]:
         """What the order and the meaning of the batches depend on, by the names of the overrides."""

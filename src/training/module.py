@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,7 +19,8 @@ from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
 from src.training.optim import build_adamw, learning_rate_at, parameter_groups
-from src.training.position import fixed_values, restore_position, write_position
+from src.training.position import fixed_values, rescale_position, restore_position, write_position
+from src.training.sharded import FullyShardedStrategy, share_out
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
@@ -71,6 +74,10 @@ class PretrainingModule(LightningModule):
         batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         return batches / self.trainer.num_training_batches if batches else 0.0
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+            share_out(self.net, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_adamw(self.net, self.optimizer_config)
         if self.schedule_steps is None:
@@ -121,6 +128,7 @@ class PretrainingModule(LightningModule):
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses = torch.stack(self._step.losses) if self._step.losses else norm.new_zeros(1)
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")  # over the processes: all of them stop, or none
         finite = losses.isfinite().all()
@@ -179,7 +187,12 @@ class PretrainingModule(LightningModule):
         checkpoint["schedule_steps"] = self.schedule_steps
         checkpoint["skipped_batches"] = sorted(self.skipped_batches)
         checkpoint["fixed_values"] = fixed_values(self.trainer)
+        checkpoint["processes"] = self.trainer.world_size
+        checkpoint["batch_windows"] = self.trainer.datamodule.batch_windows
+        checkpoint["epoch_windows"] = self.trainer.num_training_batches * self.trainer.datamodule.batch_windows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            rescale_position(checkpoint, self.trainer.datamodule.batch_windows)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self.skipped_batches |= set(checkpoint.get("skipped_batches", []))
