@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli, processes, report
+from src import cli, launch, processes, report
 from src.continuation import adopt_model, check_epoch, check_text, different_model, different_values, steps_of_schedule
 from src.data.config import DataConfig
 from src.interop.locate import problems_of_weights
@@ -74,7 +74,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
     )
     if not top.weights:  # which bring their own model
         found += model_problems(model, data)
-    found += processes.problems_of_devices(config["trainer"])
+    found += launch.problems_of_devices(config["trainer"])
     if schedule.name == "warmup_cosine":
         steps = trainer.max_steps
         if 0 < steps < schedule.warmup_steps:
@@ -379,8 +379,8 @@ def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
 def _run(cfg: DictConfig) -> float | None:
     """One Hydra job; its objective is the final validation loss."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if processes.world_size() == 1 and (count := processes.devices_here(cfg)) > 1:
-        processes.start(list(HydraConfig.get().overrides.task), count, folder)
+    if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
+        launch.start(list(HydraConfig.get().overrides.task), count, folder)
         return read_record(folder).get("val_loss")
     if processes.rank():
         processes.be_quiet()

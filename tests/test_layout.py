@@ -36,6 +36,7 @@ ENTRIES = {
     "sweep",
     "trainer",
     "processes",
+    "launch",
 }
 
 
@@ -87,6 +88,8 @@ def test_files_can_be_read_in_one_sitting():
     long = {path: lines for path, lines in lengths.items() if lines > 160}
     assert set(long) <= {
         "src/generate.py",  # every way for a prompt to come in and for a text to go out
+        "src/launch.py",  # devices asked for, devices there, and one process for each
+        "src/processes.py",  # how processes begin together, agree and fail together
         "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
         "src/train.py",  # the main job from the overrides to the summary, told in one place
         "src/cli.py",  # all that stands between a mistyped override and its one-line answer
