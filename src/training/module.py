@@ -75,7 +75,8 @@ class PretrainingModule(LightningModule):
         return batches / self.trainer.num_training_batches if batches else 0.0
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is merely loaded
+        if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
             share_out(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
