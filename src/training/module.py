@@ -109,9 +109,9 @@ class PretrainingModule(LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        if self._batch in self.skipped_batches:
-            return None
         inputs, targets = batch
+        if self._batch in self.skipped_batches:  # None is nothing for Lightning where several processes train
+            return None if self.trainer.world_size == 1 else 0 * self.net(torch.zeros_like(inputs)).sum()
         loss = next_token_loss(self.net(inputs), targets)
         self._step.add(self._batch, inputs, loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
@@ -127,10 +127,12 @@ class PretrainingModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
+        if not self._step.losses:  # all skipped: the optimizer moves nothing
+            optimizer.zero_grad()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        losses = torch.stack(self._step.losses) if self._step.losses else norm.new_zeros(1)
+        losses = torch.stack(self._step.losses) if self._step.losses else torch.zeros(1, device=self.device)
         losses = self.trainer.strategy.reduce(losses, reduce_op="mean")  # over the processes: all of them stop, or none
         finite = losses.isfinite().all()
         if scaler is None:  # which leaves such a step out by itself, and lowers its scale

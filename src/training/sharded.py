@@ -47,6 +47,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
+        self.model.zero_grad()  # those of a step that failed would keep PyTorch from setting the optimizer up
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             set_optimizer_state_dict(
                 self.model, optimizer, self._by_name(optimizer, state), options=StateDictOptions(full_state_dict=True)
