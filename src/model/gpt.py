@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from src.model.block import Block
 from src.model.cache import KVCache
 from src.model.config import GPTConfig
+from src.model.dropout import Dropout
+from src.model.linear import Linear
 
 
 class GPT(nn.Module):
@@ -23,10 +25,10 @@ class GPT(nn.Module):
         with torch.device("meta"):  # shapes only: the one draw of random numbers is init_weights
             self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-            self.dropout = nn.Dropout(config.drop_rate)
+            self.dropout = Dropout(config.drop_rate)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.final_norm = nn.LayerNorm(config.emb_dim)
-            self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+            self.head = Linear(config.emb_dim, config.vocab_size, bias=False)
         self.to_empty(device=device)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
@@ -59,6 +61,12 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)
+
+    def pack(self) -> None:
+        """Keep the weights in the order that decoding reads fastest as well; they must not change any more."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -16,16 +15,12 @@ from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
+from src.training.loss import next_token_loss
 from src.training.optim import build_adamw, learning_rate_at, parameter_groups
 from src.training.position import fixed_values, restore_position, write_position
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
-
-
-def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats per token of ``logits`` ``(B, T, V)`` against ``targets`` ``(B, T)``, in float32."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 class PretrainingModule(LightningModule):
@@ -104,7 +99,7 @@ class PretrainingModule(LightningModule):
         if self._batch in self.skipped_batches:
             return None
         inputs, targets = batch
-        loss = next_token_loss(self.net(inputs), targets)
+        loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets)
         self._step.add(self._batch, inputs, loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
         return loss
@@ -149,7 +144,7 @@ class PretrainingModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets = batch
-        loss = next_token_loss(self.net(inputs), targets, reduction="sum")
+        loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction="sum")
         self._eval_batches.setdefault(EVAL_SPLITS[dataloader_idx], []).append((loss, targets.numel()))
 
     def eval_losses(self) -> dict[str, Tensor]:
