@@ -1,5 +1,6 @@
 """What the data module needs to know, and what makes it impossible."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,10 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         found = []
+        if not self.paths:
+            found.append(f"source={self.source} names no file: source=<a file, folder, glob pattern or list of them>")
         if not 1 <= self.shard_tokens < 2**31:  # the header counts in 32 bits
-            found.append(
-                f"shard_tokens={self.shard_tokens} must lie between 1 and {2**31 - 1}: shard_tokens=100000000"
-            )
+            found.append(f"shard_tokens={self.shard_tokens} must lie between 1 and {2**31 - 1}: shard_tokens=100000000")
         if self.val_tokens is not None and not 0 <= self.val_tokens < 2**31:
             found.append(f"val_tokens={self.val_tokens} must lie between 0 and {2**31 - 1}: val_tokens=null")
         if self.workers is not None and self.workers < 1:
@@ -82,3 +83,10 @@ class PrepareConfig:
             found.append(f"name={self.name} is no file name: name=my_text")
         if found:
             raise ValueError("\n".join(found))
+
+    @property
+    def paths(self) -> list[str]:
+        several = (
+            self.source if isinstance(self.source, Sequence) and not isinstance(self.source, str) else [self.source]
+        )
+        return [str(path) for path in several if path is not None]
