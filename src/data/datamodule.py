@@ -30,7 +30,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 class TextDataModule(LightningDataModule):
-    """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text or from shards of tokens.
+    """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text or shards of tokens.
 
     Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows lie ``stride`` apart; those
     of the validation split never overlap, so that each of its tokens counts once. ``eval_batches`` limits both
@@ -114,9 +114,8 @@ class TextDataModule(LightningDataModule):
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
         """Where in the training tokens each window of a batch starts."""
         order = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
-        order.set_epoch(epoch)
-        first = batch * self.config.batch_size
-        return [self.train_windows.stride * index for index in islice(order, first, first + self.config.batch_size)]
+        order.resume_at(epoch, batch * self.config.batch_size)
+        return [self.train_windows.stride * index for index in islice(order, self.config.batch_size)]
 
     def summary(self) -> dict[str, str]:
         """Windows, batches and tokens of each split, for the start card."""

@@ -1,7 +1,6 @@
 """Files of any size made into shards of tokens: read as a stream, tokenised on all cores, written in order."""
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -45,8 +44,9 @@ def prepare_shards(
     """Make the shards that ``config`` asks for, or the rest of them, and return their manifest.
 
     What is written depends on the texts and on the settings that the manifest names alone: not on ``workers``, nor on
-    ``chunk``, nor on how often the work was killed and taken up again. An end-of-text token stands before each document,
-    and shards are full but for the last, as in llm.c. ``progress`` takes the bytes of the sources as they are read.
+    ``chunk``, nor on how often the work was killed and taken up again. An end-of-text token stands before each
+    document, and shards are full but for the last, as in llm.c. ``progress`` takes the bytes of the sources as they
+    are read.
 
     The workers are threads: tiktoken lets go of Python's lock, and they need neither copies of texts nor of tokens.
 
