@@ -87,7 +87,7 @@ BAD = {
     "data.train_ratio=1": "data.train_ratio=0.9",
     "data=text": "data.path=",
     "data=shards": "data.path=",
-    "data.format=tokens": "data=text or data=shards",
+    "data=shards data.path=x data.format=tokens": "data=text or data=shards",
     "optimizer.learning_rate=-1": "optimizer.learning_rate=",
     "optimizer.learning_rate=fast": "optimizer.learning_rate=",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9,0.95]",

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.cli import CONF
-from src.data import documents, prepare
+from src.data import documents, prepare, shard_writer
 from src.data.config import PrepareConfig
 from src.data.prepare import prepare_shards
 from src.data.shards import HEADER, MAGIC, MANIFEST
@@ -163,8 +163,8 @@ def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending):
 
         return call
 
-    monkeypatch.setattr(prepare.os, "fsync", counted(fsync))
-    monkeypatch.setattr(prepare.Path, "replace", counted(replace))
+    monkeypatch.setattr(shard_writer.os, "fsync", counted(fsync))
+    monkeypatch.setattr(shard_writer.Path, "replace", counted(replace))
     cuts, progress = 0, []
     for moment in range(100):
         left = 12 + moment % 7
@@ -294,14 +294,14 @@ def test_other_text_other_settings_and_foreign_folders_are_refused(tmp_path):
 def test_full_disk_is_one_line_and_can_be_continued(tmp_path, monkeypatch):
     source, output = json_lines(tmp_path / "a.jsonl"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        write = prepare.ShardWriter._write
+        write = shard_writer.ShardWriter._write
 
         def full(self, *arguments):
             if len(self.manifest["shards"]) == 2:
                 raise OSError(28, "No space left on device")
             write(self, *arguments)
 
-        patch.setattr(prepare.ShardWriter, "_write", full)
+        patch.setattr(shard_writer.ShardWriter, "_write", full)
         assert "No space left on device" in refused(config(source, output))
     prepare_shards(config(source, output))
     assert tokens_in(output) == EXPECTED

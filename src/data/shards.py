@@ -1,7 +1,5 @@
-"""Tokens on disk, in the shards of llm.c and modded-nanogpt: a header of 256 int32, then uint16, little-endian.
-
-The header holds a magic number, a version and the number of tokens; the rest of it is zeros.
-"""
+"""Tokens on disk, in the shards of llm.c and modded-nanogpt: a header of 256 int32, of which the first three are a
+magic number, a version and the number of tokens; then uint16, little-endian."""
 
 import functools
 import hashlib
@@ -78,8 +76,8 @@ def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> 
     pattern), and a hash that tells them from others.
 
     Shards with ``val`` in their names validate and the rest trains; where none has, the first ``train_ratio`` of the
-    tokens train. A ``train_ratio`` of 1 makes all of them train. Only the headers and ends of the files are read; the
-    hash covers these, their sizes, and the hashes in their manifest, where there is one.
+    tokens train; with 1, all of them do. Only headers and ends of the files are read; the hash covers these, the sizes,
+    and the hashes in the manifest, where there is one.
 
     Raises:
         ValueError: nothing there; a file that is no whole shard; shards that are still being made, or come from
