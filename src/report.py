@@ -106,6 +106,8 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
         if cfg.resume:  # whose batches are fixed
             return f"out of memory: resume={folder} with more of it, or weights=<its last.ckpt> {less} for a new run"
         return f"out of memory; this takes less and keeps the tokens per step: {less}"
+    if "Caught ValueError in DataLoader worker" in message:  # as told there, without the traceback
+        return message.strip().splitlines()[-1].removeprefix("ValueError: ")
     if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
         fewer = f"data.num_workers={cfg.data.num_workers // 2}"
         return f"a data worker died, often for want of memory: resume={folder} {fewer}"

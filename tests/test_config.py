@@ -11,14 +11,14 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from src import cli, evaluate, export, generate
+from src import cli, evaluate, export, generate, prepare
 from src.model.config import GPTConfig
 from src.train import find_problems
 
 FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 
 
-OTHERS = {"generate": generate, "evaluate": evaluate, "export": export}
+OTHERS = {"generate": generate, "evaluate": evaluate, "export": export, "prepare": prepare}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -27,11 +27,13 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     overrides = [f"{group}={name}"] if group else []
     command = "generate" if group == "generation" else file
     if command in OTHERS:
-        overrides += [f"weights={small_weights}", *([f"output={tmp_path / 'out'}"] if command == "export" else [])]
+        (tmp_path / "a.txt").write_text("text")
+        overrides.append(f"source={tmp_path}" if command == "prepare" else f"weights={small_weights}")
+        overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
-    if file in ("data/text", "experiment/gpt2_124m"):
+    if file in ("data/text", "data/shards", "experiment/gpt2_124m"):
         overrides.append(f"data.path={tmp_path}")
     cfg = cli.compose(file if not group else "train", overrides)
     assert find_problems(cfg) == []
@@ -70,7 +72,7 @@ BAD = {
     "trainer.max_epoch=3": "trainer.max_epochs",
     "+optimizer.lr=1": "optimizer.learning_rate",
     "schedule.warmup=3": "schedule.warmup_steps",
-    "data=wikipedia": "there are: story, text, the_verdict",
+    "data=wikipedia": "there are: shards, story, text, the_verdict",
     "experiment=boook": "experiment=book",
     "model.n_layers=abc": "model.n_layers=12",
     "model.n_layers=1.5": "model.n_layers=12",
@@ -84,6 +86,8 @@ BAD = {
     "data.stride=-1": "data.stride=256",
     "data.train_ratio=1": "data.train_ratio=0.9",
     "data=text": "data.path=",
+    "data=shards": "data.path=",
+    "data=shards data.path=x data.format=tokens": "data=text or data=shards",
     "optimizer.learning_rate=-1": "optimizer.learning_rate=",
     "optimizer.learning_rate=fast": "optimizer.learning_rate=",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9,0.95]",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from src import cli, evaluate, export, generate, verify_resume
+from src import cli, evaluate, export, generate, prepare, verify_resume
 from src.train import find_problems
 
 README = (cli.CONF.parent / "README.md").read_text()
@@ -19,6 +19,7 @@ CHECKS = {
     "generate": generate.find_problems,
     "evaluate": evaluate.find_problems,
     "export": export.find_problems,
+    "prepare": prepare.find_problems,
 }
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
@@ -48,11 +49,13 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     assert cli._find_problems(name, overrides, check) == []
 
 
-@pytest.mark.parametrize(("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 5)])
+@pytest.mark.parametrize(("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 5), ("prepare", 5)])
 def test_config_tables_name_keys_that_exist(command, least):
     section = README.split("## Configuration")[1].split("\n## ")[0]
-    tables = dict(zip(["train", "generate", "evaluate"], section.split("Those of `python -m src."), strict=True))
-    keys = cli._keys(cli.compose(command, [] if command == "train" else ["weights=x"]))
+    tables = dict(
+        zip(["train", "generate", "evaluate", "prepare"], section.split("Those of `python -m src."), strict=True)
+    )
+    keys = cli._keys(cli.compose(command, ["weights=x"] if command in ("generate", "evaluate") else []))
     named = [
         key for cell in re.findall(r"^\| (`[^|]*) \|", tables[command], re.M) for key in re.findall("`(.*?)`", cell)
     ]

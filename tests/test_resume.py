@@ -89,7 +89,7 @@ def test_a_second_signal_does_no_harm(tiny_run, at_batch, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("place", ["src.data.datamodule.split_tokens", "src.training.sealed.torch.load",
+@pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.training.sealed.torch.load",
                                    "src.callbacks.text_samples.generate"])  # fmt: skip
 def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, monkeypatch, place):
     common = (*WATCHED, "data.batch_size=4")
