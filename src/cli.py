@@ -248,7 +248,7 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
             if str(value) not in choices
         ]
     known = _keys(base)
-    for group in {"schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
+    for group in {"optimizer", "schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
         for file in (CONF / group).glob("*.yaml"):
             known |= {f"{group}.{name}" for name in _keys(OmegaConf.load(file)) if "defaults" not in name}
     if key in known or override.is_delete():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
-from src.training.optim import build_adamw, learning_rate_at, parameter_groups
+from src.training.optim import build_optimizer, learning_rate_at, parameter_groups
 
 COSINE = ScheduleConfig("warmup_cosine", warmup_steps=10, initial_lr=1e-5, min_lr=1e-4)
 
@@ -59,7 +59,7 @@ def test_adamw_step_is_the_papers(tiny):
     torch.manual_seed(0)
     net = GPT(tiny)
     config = OptimizerConfig(learning_rate=0.01, weight_decay=0.2)
-    optimizer = build_adamw(net, config)
+    optimizer = build_optimizer(net, config)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     net(torch.randint(tiny.vocab_size, (2, 8))).logsumexp(-1).mean().backward()
     optimizer.step()
