@@ -111,6 +111,11 @@ BAD = {
     "weights=nowhere.ckpt": "weights=",
     "weights=gpt3": "none of gpt2, gpt2-medium, gpt2-large, gpt2-xl",
     "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.2",
+    "optimizer=sgd": "there are: adamw, muon",
+    "optimizer=muon optimizer.momentum=1": "optimizer.momentum=0.95",
+    "schedule=warmup_stable_decay schedule.decay=cubic": "schedule.decay=linear",
+    "schedule=warmup_stable_decay trainer.max_steps=9 schedule.decay_steps=8": "schedule.decay_steps=0.2",
+    "schedule=warmup_stable_decay schedule.warmup_steps=0.6 schedule.decay_steps=0.6": "schedule.decay_steps=0.2",
     "seed=[": "seed=[ is no override",
     "callbacks.text_sample=1": "callbacks.text_samples",
 }

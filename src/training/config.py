@@ -99,6 +99,9 @@ class ScheduleConfig:
                 found.append(
                     f"schedule.{key}={value} is neither a number of steps nor a share below 1: schedule.{key}=0.2"
                 )
+        shares = max(self.warmup_steps, self.decay_steps) < 1
+        if shares and (problem := self.problem_of_length(1_000_000, "the run")):
+            found.append(problem)
         if self.decay not in ("linear", "sqrt"):
             found.append(f"schedule.decay={self.decay} is neither linear nor sqrt: schedule.decay=linear")
         for key in ("initial_lr", "min_lr"):

@@ -55,14 +55,14 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedul
         return schedule.initial_lr + (peak - schedule.initial_lr) * step / warmup
     if step >= total_steps:
         return min_lr
-    stable = schedule.name == "warmup_stable_decay"
-    start = max(warmup, total_steps - schedule.resolved_decay(total_steps)) if stable else warmup
-    progress = max(step - start, 0) / (total_steps - start)
-    if not stable:
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        share = 1 - (math.sqrt(progress) if schedule.decay == "sqrt" else progress)
-    return min_lr + (peak - min_lr) * share
+    if schedule.name == "warmup_cosine":
+        progress = (step - warmup) / (total_steps - warmup)
+        return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    start = max(warmup, total_steps - schedule.resolved_decay(total_steps))
+    if step < start:
+        return peak
+    progress = (step - start) / (total_steps - start)
+    return min_lr + (peak - min_lr) * (1 - (math.sqrt(progress) if schedule.decay == "sqrt" else progress))
 
 
 def planned_steps(trainer: Trainer, batches: int) -> float:
