@@ -29,6 +29,7 @@ ENTRIES = {
     "export",
     "verify_resume",
     "cli",
+    "help",
     "record",
     "report",
     "resume",

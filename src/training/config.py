@@ -124,7 +124,7 @@ class ScheduleConfig:
         if sum(_steps(getattr(self, key), total_steps) for key in parts) <= total_steps:
             return None
         asked = " and ".join(f"schedule.{key}={getattr(self, key):g}" for key in parts)
-        return f"{asked} take longer than {length}: {' '.join(f'schedule.{key}=0.2' for key in parts)}"
+        return f"{asked} asks for more steps than {length}: {' '.join(f'schedule.{key}=0.2' for key in parts)}"
 
 
 def _steps(steps_or_share: float, total_steps: int) -> int:
