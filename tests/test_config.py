@@ -31,7 +31,7 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
-    if file in ("data/text", "experiment/gpt2_124m"):
+    if file in ("data/text", "experiment/gpt2_124m", "experiment/optimizers"):
         overrides.append(f"data.path={tmp_path}")
     cfg = cli.compose(file if not group else "train", overrides)
     assert find_problems(cfg) == []
