@@ -10,7 +10,7 @@ class MuonAdamW(Optimizer):
     """PyTorch's Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) and AdamW on their own parameters.
 
     The groups of both, Muon's first, are the groups of this optimizer, and all state is kept here: whatever schedules,
-    clips, saves or restores one optimizer does so with both.
+    clips, saves or restores one optimizer does so with both. Muon multiplies in bfloat16, whatever the precision.
     """
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:

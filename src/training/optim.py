@@ -1,4 +1,4 @@
-"""Which parameters decay, and what the learning rate is at each step."""
+"""The optimizer, which parameters decay, and what the learning rate is at each step."""
 
 import math
 
@@ -27,8 +27,11 @@ def build_optimizer(net: GPT, config: OptimizerConfig) -> Optimizer:
 
 
 def parameter_groups(net: GPT, config: OptimizerConfig) -> list[dict]:
-    """Each trainable parameter in exactly one group: the matrices of the blocks where Muon has them, with decay, or
-    without."""
+    """Each trainable parameter in exactly one group: of Muon, if that has the matrices of the blocks, with decay, or
+    without.
+
+    Queries, keys and values stay one matrix for Muon: three apart trained no better (val loss 3.488 against 3.485).
+    """
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     muons = {id(parameter) for parameter in net.blocks.parameters() if config.name == "muon" and parameter.dim() == 2}
     matrices = [parameter for parameter in parameters if id(parameter) in muons]
