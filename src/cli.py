@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.help import help_text
 from src.training.interruption import Interrupted, Interruption
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -63,6 +64,9 @@ def launch(
             _fail(str(error).splitlines())
         if problems := _find_problems(config_name, arguments, check):
             _fail(problems)
+        if {"-h", "--help"} & set(arguments):
+            _print_help(config_name, [argument for argument in arguments if not argument.startswith("-")])
+            return
         sys.argv[1:] = arguments
         failed: list[str] = []
         try:
@@ -75,6 +79,18 @@ def launch(
             _fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
         if failed:
             sys.exit(1)
+
+
+def _print_help(config_name: str, overrides: list[str]) -> None:
+    try:
+        cfg = compose(config_name, overrides, with_hydra=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail([_not_composed(error, config_name)])
+    choices = dict(reversed(cfg.hydra.runtime.choices.items()))  # in the order of the defaults list
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    own = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
+    print(help_text(config_name, cfg, own, CONF))
 
 
 def take_out(arguments: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
@@ -90,11 +106,11 @@ def take_out(arguments: list[str], keys: tuple[str, ...]) -> tuple[list[str], di
     return left, taken
 
 
-def compose(config_name: str, overrides: list[str]) -> DictConfig:
+def compose(config_name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
     """The config of a command, as its command line with ``overrides`` would compose it."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config_name, overrides)
+        return hydra.compose(config_name, overrides, return_hydra_config=with_hydra)
 
 
 def check_sections(cfg: DictConfig, sections: dict[str, type]) -> tuple[dict[str, Any], list[str]]:
@@ -185,7 +201,7 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     sweeping = bool({"-m", "--multirun"} & set(argv))
     overrides = [argument for argument in argv if argument not in ("-m", "--multirun")]
     if any(argument.startswith("-") for argument in overrides):
-        return []  # --help, --cfg and their like are Hydra's own
+        return []  # --cfg, --info and their like are Hydra's own
     found, parsed = [], []
     for override in overrides:
         try:
@@ -213,10 +229,14 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     try:
         cfg = compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return [f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"]
+        return [_not_composed(error, config_name)]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
     return [] if sweeping else check(cfg)
+
+
+def _not_composed(error: Exception, config_name: str) -> str:
+    return f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"
 
 
 def _first_choice(override: Override) -> str:
@@ -248,7 +268,7 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
             if str(value) not in choices
         ]
     known = _keys(base)
-    for group in {"schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
+    for group in {"optimizer", "schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
         for file in (CONF / group).glob("*.yaml"):
             known |= {f"{group}.{name}" for name in _keys(OmegaConf.load(file)) if "defaults" not in name}
     if key in known or override.is_delete():

@@ -58,7 +58,8 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
     record, trainer = run.record, run.trainer
     windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     length = cfg.data.context_length
-    fused = run.module.optimizer_config.fused
+    optimizer = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks, AdamW"}[cfg.optimizer.name]
+    fused = "not fused" if cfg.optimizer.fused is False else "fused"
     card = {
         "parameters": f"{record['parameters']:,}",
         **run.datamodule.summary(),
@@ -66,7 +67,7 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],
-        "optimizer": f"AdamW, {'fused' if fused is None or fused else 'not fused'}, {cfg.schedule.name} schedule",
+        "optimizer": f"{optimizer}, {fused}, {cfg.schedule.name} schedule",
         "run folder": str(run.folder),
     }
     for key, value in card.items():

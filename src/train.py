@@ -18,7 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli, report
-from src.continuation import adopt_model, check_text, different_model, different_values, steps_of_schedule
+from src.continuation import (
+    adopt_model,
+    check_text,
+    different_model,
+    different_optimizer,
+    different_values,
+    steps_of_schedule,
+)
 from src.data.config import DataConfig
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
@@ -75,17 +82,14 @@ def find_problems(cfg: DictConfig) -> list[str]:
         found += model_problems(model, data)
     if config["trainer"]["devices"] not in (1, "1", "auto") or trainer.num_nodes != 1:
         found.append(f"trainer.devices={config['trainer']['devices']}: one device for now: trainer.devices=1")
-    if schedule.name == "warmup_cosine":
+    if schedule.name != "constant":
         steps = trainer.max_steps
-        if 0 < steps < schedule.warmup_steps:
-            found.append(
-                f"schedule.warmup_steps={schedule.warmup_steps:g} is longer than trainer.max_steps={steps}: "
-                f"schedule.warmup_steps=0.2"
-            )
+        if steps > 0 and (problem := schedule.problem_of_length(steps, f"trainer.max_steps={steps}")):
+            found.append(problem)
         if steps == trainer.max_epochs == -1:
             found.append(
-                "trainer.max_epochs=-1 leaves schedule=warmup_cosine without an end: "
-                "trainer.max_steps=<n> or schedule=constant"
+                f"trainer.max_epochs=-1 leaves schedule={schedule.name} without an end: "
+                f"trainer.max_steps=<n> or schedule=constant"
             )
         for key in ("initial_lr", "min_lr"):
             if (getattr(schedule, key) or 0) > optimizer.learning_rate:
@@ -313,7 +317,8 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
         )
     if cfg.weights:
         _adopt(cfg, checkpoint["hyper_parameters"]["model"], path)
-    problems = different_model(cfg, checkpoint["hyper_parameters"]["model"], path)
+    before = checkpoint["hyper_parameters"]
+    problems = different_model(cfg, before["model"], path) + different_optimizer(cfg, before["optimizer"], path)
     _refuse(problems + different_values(cfg, checkpoint, path))
     log.info("going on from step %d of %s", checkpoint["global_step"], path)
     return path, checkpoint
@@ -338,11 +343,9 @@ def _check_length(cfg: DictConfig, steps: float) -> None:
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} leave no batch to train on: "
             f"trainer.limit_train_batches=null trainer.overfit_batches=0"
         )
-    if cfg.schedule.name == "warmup_cosine" and cfg.schedule.warmup_steps > steps:
-        raise ValueError(
-            f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
-            f"schedule.warmup_steps=0.2 or a larger trainer.max_epochs"
-        )
+    schedule = ScheduleConfig(**cfg.schedule)
+    if math.isfinite(steps) and (problem := schedule.problem_of_length(steps, f"the run's {steps} optimizer steps")):
+        raise ValueError(f"{problem} or a larger trainer.max_epochs")
 
 
 def _check_disk(folder: Path, checkpoint_bytes: int) -> None:

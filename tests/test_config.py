@@ -33,7 +33,7 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
-    if file in ("data/text", "data/shards", "experiment/gpt2_124m"):
+    if file in ("data/text", "data/shards", "experiment/gpt2_124m", "experiment/optimizers"):
         overrides.append(f"data.path={tmp_path}")
     cfg = cli.compose(file if not group else "train", overrides)
     assert find_problems(cfg) == []
@@ -115,6 +115,11 @@ BAD = {
     "weights=nowhere.ckpt": "weights=",
     "weights=gpt3": "none of gpt2, gpt2-medium, gpt2-large, gpt2-xl",
     "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.2",
+    "optimizer=sgd": "there are: adamw, muon",
+    "optimizer=muon optimizer.momentum=1": "optimizer.momentum=0.95",
+    "schedule=warmup_stable_decay schedule.decay=cubic": "schedule.decay=linear",
+    "schedule=warmup_stable_decay trainer.max_steps=9 schedule.decay_steps=9": "schedule.decay_steps=0.2",
+    "schedule=warmup_stable_decay schedule.warmup_steps=0.6 schedule.decay_steps=0.6": "schedule.decay_steps=0.2",
     "seed=[": "seed=[ is no override",
     "callbacks.text_sample=1": "callbacks.text_samples",
 }
@@ -177,6 +182,66 @@ def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
     assert done.stderr.startswith("error: optimizer.lr is no key of train: did you mean optimizer.learning_rate?")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "verify_resume"])
+def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_path):
+    """Its purpose, its groups and choices, each key with the comment of conf; neither Hydra's groups nor PyTorch."""
+    code = (
+        f"import sys, runpy; sys.argv = [{command!r}, '--help']\n"
+        f"runpy.run_module('src.{command}', run_name='__main__')\n"
+        "print(sorted({'torch', 'lightning', 'matplotlib', 'tiktoken', 'rich', 'tensorboard'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *text, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert text[0].startswith(f"python -m src.{command}: ")
+    groups = {line.split()[0] for line in text if line.startswith("  ") and ("*  " in line or line.endswith("*"))}
+    own = {
+        "train": {"model", "data", "optimizer", "schedule", "trainer", "callbacks", "logger"},
+        "generate": {"generation"},
+        "evaluate": {"data"},
+        "export": set(),
+    }
+    assert groups == own.get(command, own["train"])
+    keys = {line.split(":")[0].strip() for line in text if line.startswith("  ") and ":" in line}
+    assert keys >= {name.split(".")[-1] for name in cli._keys(cli.compose(command, []))}
+
+
+def test_help_shows_what_is_chosen_with_its_own_comments(command):
+    status, out, _ = command("train", "optimizer=muon", "schedule=warmup_stable_decay", "seed=7", "--help")
+    assert status == 0
+    lines = out.splitlines()
+    assert "  optimizer   adamw  muon*" in lines
+    assert "  seed: 7  # weights, data order and dropout all follow from it" in lines
+    assert "    momentum: 0.95  # of the matrices of the blocks" in lines
+    assert "    weight_decay: 0.1  # decoupled" in lines  # which it has from adamw.yaml
+    assert "    min_lr: null  # where the decay ends; null: a tenth of optimizer.learning_rate" in lines
+    status, out, err = command("train", "modle=3", "--help")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "evaluate"])
+def test_commands_load_what_they_use(command, tmp_path, small_weights, text):
+    """Neither Lightning nor PyTorch's compiler, which a single normal draw on the meta device would import."""
+    arguments = {
+        "generate": ["prompt=So", "max_new_tokens=2"],
+        "export": ["output=out"],
+        "evaluate": [f"data.path={text}", "surprises=1"],
+    }[command]
+    foreign = {"lightning", "torch._dynamo", "tensorboard", "transformers", "pooch", "huggingface_hub"}
+    foreign |= set() if command == "evaluate" else {"matplotlib", "rich"}
+    code = (
+        f"import sys, runpy; sys.argv = {[command, f'weights={small_weights}', *arguments]!r}\n"
+        f"runpy.run_module('src.{command}', run_name='__main__')\n"
+        f"print(sorted({foreign!r} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_names_nearest_by_part_initials_and_spelling():

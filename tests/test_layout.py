@@ -30,6 +30,7 @@ ENTRIES = {
     "prepare",
     "verify_resume",
     "cli",
+    "help",
     "record",
     "report",
     "resume",

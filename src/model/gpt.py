@@ -23,8 +23,9 @@ class GPT(nn.Module):
         self.config = config
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only: the one draw of random numbers is init_weights
-            self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-            self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+            # nn.Embedding would draw, and a normal draw on this device imports PyTorch's compiler: a second
+            embeddings = (torch.empty(rows, config.emb_dim) for rows in (config.vocab_size, config.context_length))
+            self.tok_emb, self.pos_emb = (nn.Embedding.from_pretrained(weight, freeze=False) for weight in embeddings)
             self.dropout = Dropout(config.drop_rate)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.final_norm = nn.LayerNorm(config.emb_dim)
@@ -32,7 +33,8 @@ class GPT(nn.Module):
         self.to_empty(device=device)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
-        self.init_weights()
+        if device.type != "meta":  # whose weights come later
+            self.init_weights()
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits ``(B, T, vocab_size)`` of the token after each of ``tokens`` ``(B, T)``, int64.

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """What ``nn.Linear`` computes. Without gradients, on the CPU, oneDNN multiplies: for the few rows of a decoding step
-    in float32 its kernels take half to a third of the time of PyTorch's default there, and in bfloat16, once the
+    """What ``nn.Linear`` computes. Without gradients, on the CPU, oneDNN multiplies: for the few rows of a decoding
+    step in float32 its kernels take half to a third of the time of PyTorch's default there, and in bfloat16, once the
     weights are in oneDNN's own order (:meth:`pack`), two thirds."""
 
     packed: Tensor | None = None

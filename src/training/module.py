@@ -16,7 +16,7 @@ from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
 from src.training.loss import next_token_loss
-from src.training.optim import build_adamw, learning_rate_at, parameter_groups
+from src.training.optim import build_optimizer, learning_rate_at
 from src.training.position import fixed_values, restore_position, write_position
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
@@ -67,10 +67,10 @@ class PretrainingModule(LightningModule):
         return batches / self.trainer.num_training_batches if batches else 0.0
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_adamw(self.net, self.optimizer_config)
+        optimizer = build_optimizer(self.net, self.optimizer_config)
         if self.schedule_steps is None:
             self.schedule_steps = self.trainer.estimated_stepping_batches
-        total, peak, schedule = self.schedule_steps, optimizer.defaults["lr"], self.schedule_config
+        total, peak, schedule = self.schedule_steps, self.optimizer_config.learning_rate, self.schedule_config
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, total, peak, schedule) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -79,11 +79,11 @@ class PretrainingModule(LightningModule):
         restore_position(self.trainer)
         # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        config, peak = self.optimizer_config, self.optimizer_config.learning_rate
-        scheduler.base_lrs = [peak] * len(optimizer.param_groups)
-        for group, fresh in zip(optimizer.param_groups, parameter_groups(self.net, config), strict=True):
-            group |= {"weight_decay": fresh["weight_decay"], "betas": tuple(config.betas), "eps": config.eps}
-            group |= {"initial_lr": peak, "lr": peak * scheduler.lr_lambdas[0](self.global_step)}
+        fresh = build_optimizer(self.net, self.optimizer_config).param_groups
+        scheduler.base_lrs = [group["lr"] for group in fresh]
+        for group, new in zip(optimizer.param_groups, fresh, strict=True):
+            group |= {key: value for key, value in new.items() if key not in ("params", "fused")}  # as its state lies
+            group |= {"initial_lr": new["lr"], "lr": new["lr"] * scheduler.lr_lambdas[0](self.global_step)}
 
     @property
     def _batch(self) -> int:
