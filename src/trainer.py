@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
@@ -60,6 +61,8 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = sys.stdout.isatty()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
+    # TensorBoard's own switch for working without TensorFlow, which takes ten seconds to import where it is installed.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
     return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
 

@@ -24,8 +24,8 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, reduction: st
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum over N rows, from ``hidden`` ``(N, C)``, ``head`` ``(V, C)`` and ``targets`` ``(N,)``; matrix products are
-    in ``dtype``."""
+    """The sum over N rows, from ``hidden`` ``(N, C)``, ``head`` ``(V, C)`` and ``targets`` ``(N,)``; the products are in
+    ``dtype``."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
