@@ -90,8 +90,7 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     ]
     dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     net = load_weights(config.weights, pick_accelerator(config.device, "device"), dtype=dtype)
-    if dtype == torch.bfloat16:  # with the packed copy still no more memory than in float32
-        net.pack()
+    net.pack()
     check_vocabulary(net, gpt2_tokenizer())
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

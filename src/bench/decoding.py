@@ -6,19 +6,20 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from src.bench.machine import synchronise
 from src.bench.rivals import serve
 from src.generation.decode import generate
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
+from src.training.device import synchronise
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:
     """A rival that answers a number of new tokens and a dtype by the seconds that they take, chosen greedily."""
     torch.manual_seed(0)
     nets = {dtype: GPT(config).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
-    nets[torch.bfloat16].pack()
+    for net in nets.values():
+        net.pack()
 
     def run(new_tokens: int, dtype: torch.dtype) -> float:
         tokens = prompt.to(device)

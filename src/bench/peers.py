@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.bench.machine import synchronise
 from src.bench.rivals import serve
 from src.model.config import GPTConfig
+from src.training.device import synchronise
 
 
 def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor, precision: str, device: str) -> None:

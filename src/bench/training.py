@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from src.bench.machine import synchronise
 from src.bench.rivals import peak_memory
 from src.data.datamodule import TextDataModule
+from src.training.device import synchronise
 from src.training.loss import next_token_loss
 
 PHASES = ("data", "forward", "backward", "optimizer")

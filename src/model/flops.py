@@ -35,4 +35,6 @@ def flops_per_token(config: GPTConfig, context_length: int) -> int:
 def peak_flops(device_name: str) -> float | None:
     """What a device of this name is sold for, in bfloat16; None for one that is not in the table."""
     words = device_name.replace("-", " ").split()
+    if "Laptop" in words:  # sold by the same name, at half the speed
+        return None
     return next((peak for name, peak in PEAKS.items() if all(word in words for word in name.split())), None)

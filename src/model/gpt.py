@@ -65,7 +65,7 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def pack(self) -> None:
-        """Keep the weights in the order that decoding reads fastest as well; they must not change any more."""
+        """Put the weights into the order that decoding on a CPU reads fastest; the model can then only decode."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()

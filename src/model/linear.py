@@ -12,13 +12,14 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def pack(self) -> None:
-        """Keep a copy of the weights in oneDNN's order; they must not change any more."""
+        """Put the weights into the order that oneDNN reads fastest: from now on they can only multiply."""
         if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if (
-            (x.dtype == self.weight.dtype == torch.float32 or self.packed is not None)
+            (self.packed is not None or x.dtype == self.weight.dtype == torch.float32)
             and x.device.type == "cpu"
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")

@@ -24,7 +24,7 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, reduction: st
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum over N rows, from ``hidden`` ``(N, C)``, ``head`` ``(V, C)`` and ``targets`` ``(N,)``; the products are in
+    """The sum over N rows, from ``hidden`` ``(N, C)``, ``head`` ``(V, C)`` and ``targets`` ``(N,)``, multiplied in
     ``dtype``."""
 
     @staticmethod

@@ -139,6 +139,10 @@ class PretrainingModule(LightningModule):
         }
         self.log_dict({key: self._exact(value) for key, value in metrics.items()})
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.trainer.optimizers[0].zero_grad()  # now: Lightning would keep the gradients through the next forward pass
+
     def on_validation_epoch_start(self) -> None:
         self._eval_batches = {}
 
