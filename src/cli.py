@@ -46,10 +46,11 @@ def launch(
     task: Callable[[DictConfig], Any],
     check: Callable[[DictConfig], list[str]],
     rewrite: Callable[[list[str]], list[str]] = list,
+    agree: Callable[[Callable[[], list[str]]], list[str]] = lambda make: make(),
 ) -> None:
     """Run ``task`` on the config that the command line asks for, as a Hydra application.
 
-    ``rewrite`` may replace the arguments first.
+    ``rewrite`` may replace the arguments first; ``agree`` asks for them, where one process does so for several.
 
     ``check`` lists a config's problems. They, and whatever is wrong with the overrides themselves, are printed one
     per line, before any folder is made, and the process exits with 1. A ``ValueError``, an ``OSError`` or Lightning's
@@ -59,11 +60,12 @@ def launch(
     logging.raiseExceptions = False  # a full disk stops a run by what it cannot save, not by what it cannot log
     with Interruption():
         try:
-            arguments = rewrite(sys.argv[1:])
-        except ValueError as error:
-            _fail(str(error).splitlines())
-        if problems := _find_problems(config_name, arguments, check):
-            _fail(problems)
+            arguments = agree(lambda: _checked_arguments(config_name, check, rewrite))
+        except Exception as error:
+            told = getattr(error, "told", False)  # by another process of this run
+            if not told and not isinstance(error, ValueError):
+                raise
+            fail([] if told else str(error).splitlines())
         if {"-h", "--help"} & set(arguments):
             _print_help(config_name, [argument for argument in arguments if not argument.startswith("-")])
             return
@@ -76,14 +78,14 @@ def launch(
                 print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
             raise
         except OSError as error:  # before the task begins, Hydra writes the config into the run folder
-            _fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
+            fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
         if failed:
             sys.exit(1)
 
 
 def _print_help(config_name: str, overrides: list[str]) -> None:
     try:
-        cfg = compose(config_name, overrides, with_hydra=True)
+        cfg = compose(config_name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         _fail([_not_composed(error, config_name)])
     choices = dict(reversed(cfg.hydra.runtime.choices.items()))  # in the order of the defaults list
@@ -106,11 +108,11 @@ def take_out(arguments: list[str], keys: tuple[str, ...]) -> tuple[list[str], di
     return left, taken
 
 
-def compose(config_name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+def compose(config_name: str, overrides: list[str], return_hydra_config: bool = False) -> DictConfig:
     """The config of a command, as its command line with ``overrides`` would compose it."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config_name, overrides, return_hydra_config=with_hydra)
+        return hydra.compose(config_name, overrides, return_hydra_config)
 
 
 def check_sections(cfg: DictConfig, sections: dict[str, type]) -> tuple[dict[str, Any], list[str]]:
@@ -171,9 +173,10 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig, failed: list[str]) 
     except Exception as error:
         if type(error).__name__ == "InstantiationException":  # Hydra's, around what a class thought of its arguments
             error = error.__cause__ or error
+        told = getattr(error, "told", False)  # by another process of this run
         user_mistakes = ("ValueError", "OSError", "MisconfigurationException", "InstantiationException")
-        if {base.__name__ for base in type(error).__mro__} & set(user_mistakes):
-            for line in str(error).splitlines():
+        if told or {base.__name__ for base in type(error).__mro__} & set(user_mistakes):
+            for line in [] if told else str(error).splitlines():
                 log.error("error: %s", line)
             _log_to_file_only(traceback.format_exc())
         else:
@@ -191,10 +194,22 @@ def _log_to_file_only(text: str) -> None:
             handler.handle(record)
 
 
-def _fail(problems: Iterable[str]) -> None:
+def fail(problems: Iterable[str]) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(1)
+
+
+def _checked_arguments(
+    config_name: str, check: Callable[[DictConfig], list[str]], rewrite: Callable[[list[str]], list[str]]
+) -> list[str]:
+    try:
+        arguments = rewrite(sys.argv[1:])
+    except ValueError as error:
+        fail(str(error).splitlines())
+    if problems := _find_problems(config_name, arguments, check):
+        fail(problems)
+    return arguments
 
 
 def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfig], list[str]]) -> list[str]:

@@ -1,11 +1,13 @@
 """Whether what is asked for can be the continuation of what a checkpoint holds."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src import processes
 from src.model.config import GPTConfig
 from src.training.config import ScheduleConfig
 
@@ -51,17 +53,27 @@ def different_optimizer(cfg: DictConfig, optimizer: dict[str, Any], path: Path) 
 
 def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
     """How the data or the geometry of the batches differs from that of the checkpoint at ``path``, a line each."""
-    found = []
+    found, before = [], checkpoint.get("fixed_values", {})
+    batch = ("data.batch_size", "trainer.accumulate_grad_batches")
+    asked = [OmegaConf.select(cfg, key) for key in batch]
+    devices, devices_before = processes.world_size(), checkpoint.get("processes", 1)
+    step = math.prod(asked) * devices  # windows
+    step_before = math.prod(before.get(key, value) for key, value in zip(batch, asked, strict=True)) * devices_before
+    if step != step_before and devices != devices_before:
+        accumulate, rest = divmod(step_before, devices * asked[0])
+        cure = f"trainer.devices={devices_before}" if rest else f"trainer.accumulate_grad_batches={accumulate}"
+        return [
+            f"a step of {step} windows on {devices} devices differs from the {step_before} on {devices_before} in "
+            f"{path}: {cure}, or weights={path} for a new run"
+        ]
     defaults = {"data.stride": cfg.data.context_length, "trainer.limit_train_batches": 1.0}
-    for key, value in checkpoint.get("fixed_values", {}).items():
-        if key in ("tokenizer", "data_sha256"):  # known once the text is read
+    for key, value in before.items():
+        if key in ("tokenizer", "data_sha256") or (step == step_before and key in batch):  # the text is read later
             continue
-        asked = OmegaConf.select(cfg, key)
-        asked = defaults.get(key) if asked is None else asked
-        if asked != value:
-            found.append(
-                f"{key}={asked} differs from {value} in {path}: {key}={value}, or weights={path} for a new run"
-            )
+        now = OmegaConf.select(cfg, key)
+        now = defaults.get(key) if now is None else now
+        if now != value:
+            found.append(f"{key}={now} differs from {value} in {path}: {key}={value}, or weights={path} for a new run")
     return found
 
 
@@ -74,6 +86,18 @@ def check_text(checkpoint: dict[str, Any], path: Path, now: dict[str, Any]) -> N
                 f"data.path: the {what} is not the one that {path} was trained on ({key} {now[key][:12]}, was "
                 f"{before[key][:12]}): data.path=<that text>, or weights={path} for a new run on this one"
             )
+
+
+def check_epoch(checkpoint: dict[str, Any], path: Path, windows: int) -> None:
+    """Whether an epoch has as many ``windows`` as in the run of the checkpoint, whose batches may have been of another
+    size, for another number of devices; otherwise a ValueError."""
+    before = checkpoint.get("epoch_windows", windows)
+    if before != windows:
+        batch = checkpoint["batch_windows"]
+        raise ValueError(
+            f"an epoch would have {windows:,} windows, that of {path} has {before:,}, in batches of {batch}: "
+            f"trainer.devices x data.batch_size = {batch}"
+        )
 
 
 def steps_of_schedule(cfg: DictConfig, checkpoint: dict[str, Any], steps: float) -> float:

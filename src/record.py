@@ -20,30 +20,27 @@ class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
     Making it claims the folder until :meth:`close` or the end of the process, so that no two runs can share one.
-    ``resumed`` keeps what an earlier process recorded until :meth:`start`.
+    ``resumed`` keeps what an earlier process recorded until :meth:`start`. With ``speaks=False``, in all processes of a
+    run but one, nothing is claimed or written.
 
     Raises:
         ValueError: another process has the folder, or, unless ``resumed``, it holds a run.
     """
 
     def __init__(
-        self, folder: Path, command: str, overrides: list[str], config: dict[str, Any], resumed: bool = False
+        self,
+        folder: Path,
+        command: str,
+        overrides: list[str],
+        config: dict[str, Any],
+        resumed: bool = False,
+        speaks: bool = True,
     ) -> None:
         self.path = folder / "run.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        self._speaks = speaks
         self._lock = FileLock(folder / ".lock")
-        try:  # the data workers of a run that was killed hold its folder for some seconds more
-            self._lock.acquire(timeout=LINGERING if resumed else 0)
-        except Timeout:
-            raise ValueError(
-                f"{folder} is in use by another process: stop that, or hydra.run.dir=<a new folder>"
-            ) from None
-        if not resumed and (taken := [name for name in OUTPUTS if (folder / name).exists()]):
-            self._lock.release()
-            raise ValueError(
-                f"hydra.run.dir={folder} already holds a run ({', '.join(taken)}): resume={folder} to continue it, or "
-                f"hydra.run.dir=<a new folder>"
-            )
+        if speaks:
+            self._claim(folder, resumed)
         before = read_record(folder) if resumed else {}
         self.resumed_at = before.get("resumed_at", [])
         self.seconds_before = before.get("seconds", 0.0)
@@ -62,9 +59,24 @@ class RunRecord:
         if not resumed:
             self.start()
 
+    def _claim(self, folder: Path, resumed: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:  # the data workers of a run that was killed hold its folder for some seconds more
+            self._lock.acquire(timeout=LINGERING if resumed else 0)
+        except Timeout:
+            raise ValueError(
+                f"{folder} is in use by another process: stop that, or hydra.run.dir=<a new folder>"
+            ) from None
+        if not resumed and (taken := [name for name in OUTPUTS if (folder / name).exists()]):
+            self._lock.release()
+            raise ValueError(
+                f"hydra.run.dir={folder} already holds a run ({', '.join(taken)}): resume={folder} to continue it, or "
+                f"hydra.run.dir=<a new folder>"
+            )
+
     def start(self, resumed_at: int | None = None) -> None:
         """From now on this process speaks for the run; ``resumed_at`` is the step that it continues."""
-        self._started = True
+        self._started = self._speaks
         if resumed_at is not None:
             self.resumed_at.append(resumed_at)
             self.values["resumed_at"] = self.resumed_at

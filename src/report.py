@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from src.processes import lost_peer
 from src.resume import command_to_resume
 from src.training.interruption import Interrupted
 
@@ -92,6 +93,8 @@ def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
 def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
     """One line on what ran out or died and how to get on; None for any other error."""
     message = str(error)
+    if lost_peer(error):
+        return f"another process of this run has died, often for want of memory: resume={folder}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error.filename or folder}): free some, then resume={folder}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message:

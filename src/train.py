@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli, report
+from src import cli, processes, report
 from src.continuation import (
     adopt_model,
+    check_epoch,
     check_text,
     different_model,
     different_optimizer,
@@ -80,8 +82,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
     )
     if not top.weights:  # which bring their own model
         found += model_problems(model, data)
-    if config["trainer"]["devices"] not in (1, "1", "auto") or trainer.num_nodes != 1:
-        found.append(f"trainer.devices={config['trainer']['devices']}: one device for now: trainer.devices=1")
+    found += processes.problems_of_devices(config["trainer"])
     if schedule.name != "constant":
         steps = trainer.max_steps
         if steps > 0 and (problem := schedule.problem_of_length(steps, f"trainer.max_steps={steps}")):
@@ -139,8 +140,9 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     if cfg.resume and Path(cfg.resume).resolve() != folder.resolve():
         raise ValueError(f"resume={cfg.resume} is not the run folder {folder}: resume={folder}")
     config = OmegaConf.to_container(cfg, resolve=True)
-    record = RunRecord(folder, command_line(overrides), overrides, config, resumed=bool(cfg.resume))
-    with Interruption() as interruption, closing(record):
+    speaks = processes.rank() == 0
+    record = RunRecord(folder, command_line(overrides), overrides, config, resumed=bool(cfg.resume), speaks=speaks)
+    with Interruption(speaks) as interruption, closing(record):
         try:
             run = _train(cfg, folder, record, interruption)
         except BaseException as error:
@@ -154,7 +156,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
                 record.update(**outcome)
             if stopped:
                 report.print_interrupted(error, folder)
-                requeue(error)
+                if speaks:
+                    requeue(error)
             elif explained := report.explain(error, cfg, folder):
                 raise ValueError(explained) from error
             raise
@@ -175,7 +178,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.device import device_name, keep_freed_memory
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.module import PretrainingModule
-    from src.training.optim import planned_steps
+    from src.training.optim import batches_per_epoch, planned_steps
 
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
@@ -187,13 +190,16 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
-    datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches)
+    share = {"rank": trainer.global_rank, "ranks": trainer.world_size}
+    datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches, **share)
     datamodule.prepare_data()
     datamodule.setup()
+    batches = batches_per_epoch(trainer, len(datamodule.train_dataloader()))
     steps = planned_steps(trainer, len(datamodule.train_dataloader()))
     _check_length(cfg, steps)
     if checkpoint:
         check_text(checkpoint, path, datamodule.fixed_values())
+        check_epoch(checkpoint, path, batches * datamodule.batch_windows)
         if checkpoint["global_step"] >= steps and (record.completed_before or not cfg.resume):
             raise ValueError(
                 f"{path} is at step {checkpoint['global_step']} of {steps:,}, there is nothing left to do: "
@@ -203,6 +209,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     torch.manual_seed(cfg.seed)
     config = OmegaConf.to_container(cfg, resolve=True)
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
+    module.net.checkpoint_activations = cfg.activation_checkpointing
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
         module.net.load_state_dict(weights)
@@ -221,6 +228,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     )
     run = Run(folder, trainer, module, datamodule, record.values)
     report.print_start_card(run, cfg, steps)
+    processes.peers().wait_for_all()
     if cfg.dry_run:
         return run
 
@@ -230,7 +238,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
         except NonFiniteError as error:
             if cfg.finite_guard != "rollback" or rollbacks == MAX_ROLLBACKS:
                 raise
-            found = newest_good_checkpoint(folder / "checkpoints")
+            found = _shared_checkpoint(lambda: newest_good_checkpoint(folder / "checkpoints"))
             what = str(error).split(": optimizer.learning_rate")[0]
             if found is None:
                 cure = "no checkpoint to go back to yet: checkpoint.every_steps=<few>"
@@ -298,15 +306,19 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
     """The checkpoint to go on from, or another one where that is damaged, and what it holds."""
     from src.training.checkpoint import good_checkpoint, newest_good_checkpoint
 
-    found = None
-    if cfg.resume:
-        found = newest_good_checkpoint(folder / "checkpoints")
-        if found is None and any(folder.glob("checkpoints/*.ckpt")):
-            raise ValueError(f"resume={cfg.resume} has no checkpoint that can be read: hydra.run.dir=<a new folder>")
-        if found is None:
-            log.info("%s has no checkpoint yet: starting it again", folder)
-    if found is None and cfg.ckpt_path:
-        found = good_checkpoint(Path(cfg.ckpt_path))
+    def look() -> tuple[Path, dict[str, Any]] | None:
+        found = None
+        if cfg.resume:
+            found = newest_good_checkpoint(folder / "checkpoints")
+            if found is None and any(folder.glob("checkpoints/*.ckpt")):
+                raise ValueError(
+                    f"resume={cfg.resume} has no checkpoint that can be read: hydra.run.dir=<a new folder>"
+                )
+            if found is None:
+                log.info("%s has no checkpoint yet: starting it again", folder)
+        return good_checkpoint(Path(cfg.ckpt_path)) if found is None and cfg.ckpt_path else found
+
+    found = _shared_checkpoint(look)
     if found is None:
         return None, {}
     path, checkpoint = found
@@ -322,6 +334,17 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
     _refuse(problems + different_values(cfg, checkpoint, path))
     log.info("going on from step %d of %s", checkpoint["global_step"], path)
     return path, checkpoint
+
+
+def _shared_checkpoint(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Path, dict[str, Any]] | None:
+    """What ``look`` finds on rank 0, for all processes of the run."""
+    from src.training.checkpoint import read_checkpoint
+
+    looked = []
+    path = processes.peers().said_by_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
+    if looked:
+        return looked[0]
+    return path and (Path(path), read_checkpoint(Path(path)))
 
 
 def _adopt(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> None:
@@ -359,8 +382,18 @@ def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
 
 def _run(cfg: DictConfig) -> float | None:
     """One Hydra job; its objective is the final validation loss."""
-    return train(cfg, Path(HydraConfig.get().runtime.output_dir)).record.get("val_loss")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if processes.world_size() == 1 and (count := processes.devices_here(cfg)) > 1:
+        processes.start(list(HydraConfig.get().overrides.task), count, folder)
+        return read_record(folder).get("val_loss")
+    if processes.rank():
+        processes.be_quiet()
+    try:
+        return train(cfg, folder).record.get("val_loss")
+    except BaseException as error:
+        error.told = processes.told_elsewhere(error) or getattr(error, "told", False)
+        raise
 
 
 if __name__ == "__main__":
-    cli.launch("train", _run, find_problems, resumed_overrides)
+    cli.launch("train", _run, find_problems, resumed_overrides, processes.agree_on_arguments)

@@ -27,6 +27,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
     from src.training.checkpoint_io import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
+    from src.training.sharded import FullyShardedStrategy
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
@@ -38,6 +39,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
         "The dirpath has changed.*",
         "You're resuming from.*",
         ".*training_step. returned .None.*",
+        ".*recommended to use .*sync_dist.*",  # what is logged is summed over all processes already
     ):
         warnings.filterwarnings("ignore", message=message)
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -60,11 +62,18 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
         options["max_epochs"] = DEFAULT_EPOCHS
     if options["enable_progress_bar"] is None:
         options["enable_progress_bar"] = sys.stdout.isatty()
+    if options["strategy"] == "fsdp":
+        options["strategy"] = FullyShardedStrategy()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
     # TensorBoard's own switch for working without TensorFlow, which takes ten seconds to import where it is installed.
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
-    return Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
+    trainer = Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
+    # The run listens for signals itself, and its processes agree once per step: Lightning's handler would wait for all
+    # of them in the middle of anything, and its own agreement for the GPU at each batch.
+    trainer._signal_connector.register_signal_handlers = interruption.install
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
 
 
 def go_on_logging(trainer: Trainer, step: int) -> None:
@@ -73,7 +82,7 @@ def go_on_logging(trainer: Trainer, step: int) -> None:
 
     from src.callbacks.metrics_csv import MetricsCSV
 
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, MetricsCSV):
             logger.resume(step)
         elif isinstance(logger, TensorBoardLogger):

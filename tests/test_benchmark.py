@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import column
 
 from src.bench.machine import work
 from src.bench.rivals import Rival
@@ -16,7 +17,6 @@ from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT
 from src.model.linear import Linear
-from conftest import column
 
 SMALL = GPTConfig(context_length=1024, qkv_bias=True, tie_weights=True)
 
@@ -54,7 +54,9 @@ def test_training_logs_its_share_of_the_arithmetic(tiny_run):
     run = tiny_run("trainer.log_every_n_steps=2", "callbacks.text_samples.every_n_epochs=100")
     rates, shares = column(run, "perf/tokens_per_second"), column(run, "perf/mfu")
     assert len(rates) == len(shares) > 2
-    peaks = [rate * flops_per_token(run.module.net.config, 16) / share for rate, share in zip(rates, shares, strict=True)]
+    peaks = [
+        rate * flops_per_token(run.module.net.config, 16) / share for rate, share in zip(rates, shares, strict=True)
+    ]
     assert peaks == pytest.approx([peaks[0]] * len(peaks), rel=1e-3)  # one peak for the whole run
     assert 1e8 < peaks[0] < 1e15
 

@@ -41,6 +41,8 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     instantiate(cfg.data)
     for callback in cfg.callbacks.values():
         instantiate(callback)
+    if cfg.trainer.strategy == "fsdp":  # which Lightning's own of that name is not
+        cfg.trainer.strategy = FullyShardedStrategy()
     options = OmegaConf.to_container(cfg.trainer) | {"max_epochs": 1, "accelerator": "cpu", "logger": False}
     L.Trainer(**options, default_root_dir=tmp_path)
 
@@ -99,7 +101,14 @@ BAD = {
     "seed=-1": "seed=123",
     "dry_run=perhaps": "dry_run=false",
     "trainer.accumulate_grad_batches=two": "trainer.accumulate_grad_batches=1",
-    "trainer.devices=2": "trainer.devices=1",
+    "trainer.devices=0": "trainer.devices=1",
+    "trainer.devices=two": "trainer.devices=1",
+    "trainer.accelerator=cpu trainer.devices=-1": "trainer.devices=2",
+    "trainer.devices=2 trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler=false",
+    "trainer.devices=2 trainer.overfit_batches=1": "trainer.devices=1",
+    "trainer.num_nodes=2": "trainer.num_nodes=1",
+    "trainer.strategy=deepspeed": "trainer.strategy=ddp",
+    "trainer.strategy=fsdp trainer.precision=16-mixed": "trainer.precision=bf16-mixed",
     "trainer.gpus=1": "trainer.",
     "schedule.min_lr=1": "schedule.min_lr=0",
     "schedule=linear": "constant",

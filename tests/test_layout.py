@@ -39,6 +39,7 @@ ENTRIES = {
     "continuation",
     "sweep",
     "trainer",
+    "processes",
 }
 
 

@@ -73,3 +73,15 @@ def test_one_tensor_of_logits_size_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         next_token_loss(hidden, head, targets)
     assert sum(tensor.numel() == 4 * 8 * 997 for tensor in kept) == 1
+
+
+def test_targets_below_0_do_not_count():
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(2, 6, 16), torch.randn(31, 16), torch.randint(0, 31, (2, 6))
+    targets[0, 1:4] = -100
+    for reduction in ("mean", "sum"):
+        expected, found = (both(f, hidden, head, targets, reduction) for f in (plain, next_token_loss))
+        for want, got in zip(expected, found, strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert not found[1][0, 1:4].any()
+    assert next_token_loss(hidden, head, torch.full_like(targets, -100), "sum") == 0

@@ -1,9 +1,11 @@
 """The checkpoints of a run: the best by validation loss, the last and the one before it."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
@@ -37,7 +39,8 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` at the end of training, every so many optimizer steps or minutes, and when interrupted.
 
-    It is written when all of a step is over: its update, the logging of its loss, the evaluation due after it.
+    It is written when all of a step is over: its update, the logging of its loss, the evaluation due after it. Where
+    several processes train, what one of them asks for, by its clock or for a signal, all do.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class LastCheckpoint(Checkpoint):
         self._between_steps = True  # and not between the batches that one step accumulates
         self._due = False
         self._stop = False
+        self._group: torch.distributed.ProcessGroup | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")  # whose questions no GPU has to wait for
         self._step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._between_steps = True
-        self.interruption.install()  # Lightning has just put handlers of its own in place
         self.interruption.deferred = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -86,6 +91,7 @@ class LastCheckpoint(Checkpoint):
             self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._agree()
         if self._saved_step != self._step:
             self._save(trainer)
         self.interruption.deferred = False
@@ -95,10 +101,18 @@ class LastCheckpoint(Checkpoint):
         self.interruption.deferred = False
 
     def _save_if_due(self, trainer: Trainer) -> None:
+        self._agree()
         interrupted = self.interruption.requested is not None
-        if trainer.strategy.broadcast(self._due or (interrupted and self._saved_step != self._step)):
+        if self._due or (interrupted and self._saved_step != self._step):
             self._save(trainer)
         self.interruption.check()
+
+    def _agree(self) -> None:
+        if self._group is not None:
+            asked = torch.tensor([self._due, self.interruption.requested or 0])
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self._group)
+            self._due, signum = bool(asked[0]), asked[1].item()
+            self.interruption.requested = signal.Signals(signum) if signum else None
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:

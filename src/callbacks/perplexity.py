@@ -16,10 +16,10 @@ class Perplexity(Callback):
 
     def __init__(self) -> None:
         self._bytes_of: Tensor | None = None
-        self._bytes = self._tokens = 0
+        self._counts: Tensor | None = None  # bytes and tokens of the validation split so far
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bytes = self._tokens = 0
+        self._counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
         if self._bytes_of is None:
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)
             self._bytes_of = torch.from_numpy(token_byte_counts(tokenizer)).to(pl_module.device)
@@ -34,14 +34,14 @@ class Perplexity(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if dataloader_idx == 0:
-            targets = batch[1]
-            self._bytes += self._bytes_of[targets].sum()
-            self._tokens += targets.numel()
+            counted = batch[1] >= 0  # (B, T)
+            of_each = self._bytes_of[batch[1].clamp(min=0)] * counted  # (B, T)
+            self._counts += torch.stack([of_each.sum(), counted.sum()])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         losses = pl_module.eval_losses()
         for split, loss in losses.items():
             self.log(f"{split}/perplexity", loss.exp())
         if "val" in losses:
-            bytes_per_token = trainer.strategy.reduce(self._bytes / self._tokens, reduce_op="mean")
-            self.log("val/bits_per_byte", losses["val"] / (bytes_per_token * math.log(2)))
+            size, tokens = trainer.strategy.reduce(self._counts, reduce_op="sum")
+            self.log("val/bits_per_byte", losses["val"] / (size / tokens * math.log(2)))

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from src.generation.config import Sampling
 from src.generation.decode import generate
+from src.model.gpt import GPT
 from src.tokenizer import text_to_token_ids, token_ids_to_text
+from src.training.sharded import whole_net
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,16 @@ class TextSamples(Callback):
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop:
             self._sample(trainer, pl_module)
 
-    @rank_zero_only
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        net = whole_net(pl_module.net, trainer)
+        if trainer.is_global_zero:
+            self._write(net, trainer, pl_module)
+
+    def _write(self, net: GPT, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         texts = [f"## step {step}, epoch {pl_module.epochs_seen:.2f}"]
         for prompt in self.prompts:
-            for way, text in self._continuations(trainer, pl_module, prompt, step).items():
+            for way, text in self._continuations(net, trainer, pl_module, prompt).items():
                 log.info("%s | %s", way, text.replace("\n", " "))
                 texts.append(f"**{way}**\n\n{_quoted(text)}")
         entry = "\n\n".join(texts)
@@ -91,10 +96,10 @@ class TextSamples(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", entry, step)
 
-    def _continuations(self, trainer: Trainer, pl_module: LightningModule, prompt: str, step: int) -> dict[str, str]:
+    def _continuations(self, net: GPT, trainer: Trainer, pl_module: LightningModule, prompt: str) -> dict[str, str]:
         data = trainer.datamodule
         tokens = text_to_token_ids(prompt, data.tokenizer, data.config.special_tokens).to(pl_module.device)
-        state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
+        state = np.random.SeedSequence([self.seed, trainer.global_step]).generate_state(1, np.uint64)
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
         drawn = ", ".join(
             f"{key.replace('_', '-')} {value:g}"
@@ -105,7 +110,7 @@ class TextSamples(Callback):
         temperatures = torch.tensor(both, device=tokens.device)
         sampling = replace(self.sampling, temperature=temperatures)
         rows = generate(
-            pl_module.net,
+            net,
             tokens,
             self.max_new_tokens,
             sampling,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from src.data.config import DataConfig
 from src.data.shards import ShardTokens
 from src.data.tokens import read_split
-from src.data.windows import SeededSampler, SlidingWindowDataset
+from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
 
 
@@ -34,19 +34,27 @@ class TextDataModule(LightningDataModule):
 
     Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows lie ``stride`` apart; those
     of the validation split never overlap, so that each of its tokens counts once. ``eval_batches`` limits both
-    evaluation loaders (None: the whole split).
+    evaluation loaders (None: the whole split). Where ``ranks`` processes train together, a batch is that of all of
+    them, ``ranks * batch_size`` windows, and this one, ``rank``, has its share.
 
     Raises:
         ValueError: an impossible setting, or, on ``setup``, a text or shards that cannot be read or are too short.
     """
 
     def __init__(
-        self, *, eval_batches: int | None = None, tokenizer: tiktoken.Encoding | None = None, **config: Any
+        self,
+        *,
+        eval_batches: int | None = None,
+        tokenizer: tiktoken.Encoding | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        **config: Any,
     ) -> None:
         super().__init__()
         self.config = DataConfig(**config)
         self.tokenizer = tokenizer or gpt2_tokenizer()
         self.eval_batches = eval_batches
+        self.rank, self.ranks = rank, ranks
         self.corpus_sha256: str | None = None
         self.train_windows: SlidingWindowDataset | None = None
         self.val_windows: SlidingWindowDataset | None = None
@@ -66,11 +74,16 @@ class TextDataModule(LightningDataModule):
         self.train_windows = SlidingWindowDataset(train, context_length, self.config.stride or context_length)
         self.val_windows = SlidingWindowDataset(val, context_length, context_length)
 
+    @property
+    def batch_windows(self) -> int:
+        """Windows in a batch of all processes."""
+        return self.config.batch_size * self.ranks
+
     def train_dataloader(self) -> DataLoader:
         self._sampler = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
-        epoch, batches = self._resumed
-        self._sampler.resume_at(epoch, batches * self.config.batch_size)
-        return self._loader(self.train_windows, sampler=self._sampler, drop_last=True)
+        self._sampler.resume_at(*self._resumed)
+        share = RankSampler(self._sampler, self.config.batch_size, self.rank, self.ranks)
+        return self._loader(self.train_windows, sampler=share, drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader]:
         return self.eval_dataloaders(self.eval_batches)
@@ -81,22 +94,27 @@ class TextDataModule(LightningDataModule):
         ``batches`` of each, or all of them. Of the training split they are the first ones of epoch 0, so they are
         drawn from everywhere in it, and every evaluation sees the same.
         """
-        if batches is None:
-            return [self._loader(self.val_windows), self._loader(self.train_windows)]
-        count = batches * self.config.batch_size
-        first_epoch = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
-        val = Subset(self.val_windows, range(min(count, len(self.val_windows))))
-        return [self._loader(val), self._loader(Subset(self.train_windows, list(islice(first_epoch, count))))]
+        val, train = self.val_windows, self.train_windows
+        if batches is not None:
+            count = batches * self.batch_windows
+            first_epoch = SeededSampler(len(train), self.config.shuffle, self.config.seed)
+            val = Subset(val, range(min(count, len(val))))
+            train = Subset(train, list(islice(first_epoch, count)))
+        return [
+            self._loader(RankWindows(windows, self.config.batch_size, self.rank, self.ranks))
+            for windows in (val, train)
+        ]
 
     def state_dict(self) -> dict[str, int]:
         """How far training has come in the data: the epoch and the batches of it already trained on."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if batches >= self.trainer.num_training_batches:
-            return {"epoch": self._sampler.epoch + 1, "batches": 0}
-        return {"epoch": self._sampler.epoch, "batches": batches}
+            return {"epoch": self._sampler.epoch + 1, "batches": 0, "batch_windows": self.batch_windows}
+        return {"epoch": self._sampler.epoch, "batches": batches, "batch_windows": self.batch_windows}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._resumed = (state_dict["epoch"], state_dict["batches"])
+        windows = state_dict.get("batch_windows", self.batch_windows)
+        self._resumed = (state_dict["epoch"], state_dict["batches"] * windows)
 
     def fixed_values(self) -> dict[str, Any]:
         """What the order and the meaning of the batches depend on, by the names of the overrides."""
@@ -114,22 +132,22 @@ class TextDataModule(LightningDataModule):
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
         """Where in the training tokens each window of a batch starts."""
         order = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
-        order.resume_at(epoch, batch * self.config.batch_size)
-        return [self.train_windows.stride * index for index in islice(order, self.config.batch_size)]
+        order.resume_at(epoch, batch * self.batch_windows)
+        return [self.train_windows.stride * index for index in islice(order, self.batch_windows)]
 
     def summary(self) -> dict[str, str]:
         """Windows, batches and tokens of each split, for the start card."""
-        config, lines = self.config, {}
+        lines = {}
         for name, windows, drop_last in ("train", self.train_windows, True), ("val", self.val_windows, False):
-            batches = len(windows) // config.batch_size if drop_last else -(-len(windows) // config.batch_size)
+            batches = len(windows) // self.batch_windows if drop_last else -(-len(windows) // self.batch_windows)
             lines[name] = f"{len(windows):,} windows in {batches:,} batches, {len(windows.tokens):,} tokens"
-        seen = len(self.train_windows) // config.batch_size * config.batch_size * config.context_length
+        seen = len(self.train_windows) // self.batch_windows * self.batch_windows * self.config.context_length
         repeats = seen / len(self.train_windows.tokens)
         lines["train"] += f", each seen {repeats:.2f} times per epoch on average"
         return lines
 
     def _check(self, train: np.ndarray | ShardTokens, val: np.ndarray | ShardTokens) -> None:
-        context_length, batch_size, source = self.config.context_length, self.config.batch_size, self.config.source
+        context_length, source = self.config.context_length, self.config.source
         short = [
             (name, len(part))
             for name, part in (("training", train), ("validation", val))
@@ -143,10 +161,13 @@ class TextDataModule(LightningDataModule):
                 f"data.path={source} has {have}; one window needs context_length + 1 = {context_length + 1}: {cure}"
             )
         windows = len(SlidingWindowDataset(train, context_length, self.config.stride or context_length))
-        if windows < batch_size:
+        if windows < self.batch_windows:
+            asked = f"data.batch_size={self.config.batch_size}{f' on {self.ranks} devices' if self.ranks > 1 else ''}"
+            fits = windows // self.ranks
+            cure = f"data.batch_size={fits}" if fits else f"trainer.devices={windows}"
             raise ValueError(
-                f"data.batch_size={batch_size} is more than the {windows} training windows of data.path={source}: "
-                f"data.batch_size={windows}, a smaller data.stride or more text"
+                f"{asked} is more than the {windows} training windows of data.path={source}: "
+                f"{cure}, a smaller data.stride or more text"
             )
 
     def _loader(self, dataset, **options) -> DataLoader:

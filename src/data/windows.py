@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 ROUNDS = 16  # of the Feistel network; even, so that it ends in the grid it began in
 BLOCK = 2**14  # indices computed at a time
+NOT_COUNTED = -100  # as a target: cross-entropy leaves it out
 
 
 class SlidingWindowDataset(Dataset):
@@ -103,3 +105,53 @@ def _scrambled(numbers: np.ndarray) -> np.ndarray:
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
+
+
+class RankSampler(Sampler[int]):
+    """What one of ``ranks`` processes trains on: the ``rank``-th share of every ``ranks * batch_size`` indices that
+    ``sampler`` gives out. The order as a whole is the same for any number of processes; an incomplete end is left out.
+    """
+
+    def __init__(self, sampler: SeededSampler, batch_size: int, rank: int, ranks: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.rank = rank
+        self.ranks = ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) // (self.batch_size * self.ranks) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        indices, whole = iter(self.sampler), self.batch_size * self.ranks
+        while len(batch := list(islice(indices, whole))) == whole:
+            yield from batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+
+class RankWindows(Dataset):
+    """What one of ``ranks`` processes evaluates: of every ``ranks * batch_size`` of ``windows``, the ``rank``-th share.
+
+    A process that has no share in the last of these batches gets one window whose targets are all
+    :data:`NOT_COUNTED`, so that all have the same number of batches, and each window counts once.
+    """
+
+    def __init__(self, windows: Dataset, batch_size: int, rank: int, ranks: int) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+        self.rank = rank
+        self.ranks = ranks
+
+    def __len__(self) -> int:
+        before, last = divmod(len(self.windows) - 1, self.batch_size * self.ranks)
+        share = last + 1 - self.rank * self.batch_size
+        return before * self.batch_size + min(max(share, 1), self.batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        batch, within = divmod(index, self.batch_size)
+        place = (batch * self.ranks + self.rank) * self.batch_size + within
+        if place < len(self.windows):
+            return self.windows[place]
+        inputs, targets = self.windows[0]
+        return inputs, torch.full_like(targets, NOT_COUNTED)

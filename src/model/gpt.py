@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from src.model.block import Block
 from src.model.cache import KVCache
@@ -21,6 +22,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # in training: compute them again instead of keeping them
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only: the one draw of random numbers is init_weights
             # nn.Embedding would draw, and a normal draw on this device imports PyTorch's compiler: a second
@@ -59,7 +61,10 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=device) if cache is None else cache.positions(T, device)  # (T,) or (B, T)
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)  # (B, T, C)
+            if self.checkpoint_activations and self.training and cache is None:
+                x = checkpoint(block, x, use_reentrant=False)  # (B, T, C); dropout draws the same again
+            else:
+                x = block(x, cache, layer)  # (B, T, C)
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)

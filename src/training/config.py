@@ -16,6 +16,7 @@ class RunConfig:
     ckpt_path: str | None = None
     weights: str | None = None
     finite_guard: str = "stop"
+    activation_checkpointing: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:

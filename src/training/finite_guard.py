@@ -1,10 +1,12 @@
 """What happens when a loss or a gradient is no longer a number."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -37,23 +39,30 @@ class StepSoFar:
 
 
 def stop(trainer: Trainer, step: StepSoFar, norm: float, lr: float) -> None:
-    """Write ``non_finite.json`` into the trainer's root folder: everything about the step that must not be made.
+    """Write ``non_finite.json`` into the trainer's root folder: everything about the step that must not be made. To be
+    called by all processes of a run.
 
     Raises:
         NonFiniteError: always.
     """
-    losses = [loss.item() for loss in step.losses]
+    own = [(inputs.cpu(), loss.item()) for inputs, loss in zip(step.inputs, step.losses, strict=True)]
+    shares = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(shares, own)
+    inputs = [torch.cat([rows for rows, _ in batch]) for batch in zip(*shares, strict=True)]  # (B, T) of all processes
+    losses = [math.fsum(loss for _, loss in batch) / len(shares) for batch in zip(*shares, strict=True)]
     report = {
         "step": trainer.global_step + 1,
         "lr": lr,
         "grad_norm": norm,
         "batches": [
             {"batch": batch, "loss": loss, "windows": _windows(trainer, batch, inputs)}
-            for batch, loss, inputs in zip(step.batches, losses, step.inputs, strict=True)
+            for batch, loss, inputs in zip(step.batches, losses, inputs, strict=True)
         ],
     }
     path = Path(trainer.default_root_dir, "non_finite.json")
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # NaN and Infinity as Python writes them
+    if trainer.is_global_zero:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # NaN and Infinity as Python writes them
     raise NonFiniteError(
         f"step {report['step']} was not made: its loss is {sum(losses) / len(losses):g} and the norm of its gradient "
         f"{norm:g}; its text is in {path}: optimizer.learning_rate=<less than {lr:.1e}>, or finite_guard=rollback to "

@@ -28,7 +28,8 @@ class Interruption:
     nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks  # one process of a run does
         self.requested: signal.Signals | None = None
         self.deferred = False
         self._before: dict[int, Any] = {}
@@ -58,7 +59,7 @@ class Interruption:
         if os.getpid() != self._process or self.requested is not None:
             return  # a data worker inherits this, and schedulers signal all of a job: the run stops its workers itself
         self.requested = signal.Signals(signum)
-        if self.deferred:
+        if self.deferred and self.speaks:
             os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())  # safe in a handler
-        else:
+        if not self.deferred:
             raise Interrupted(signum)

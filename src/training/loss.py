@@ -11,7 +11,7 @@ ROWS = 512  # whose float32 logits exist at a time: 0.1 GB
 
 def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats per token (``mean``), or its ``sum``, of the logits that ``head`` ``(V, C)`` makes of
-    ``hidden`` ``(B, T, C)``, against ``targets`` ``(B, T)``.
+    ``hidden`` ``(B, T, C)``, against ``targets`` ``(B, T)``, of which those below 0 do not count.
 
     What ``F.cross_entropy((hidden @ head.T).float(), targets)`` computes, in float32 from the logits on. That keeps the
     logits, their float32 copy, its log-softmax and the gradients of two of them, each ``(B * T, V)``; here the gradient
@@ -20,7 +20,7 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, reduction: st
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), dtype)
-    return total / targets.numel() if reduction == "mean" else total
+    return total / (targets >= 0).sum() if reduction == "mean" else total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,10 +54,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _losses(logits: Tensor, targets: Tensor, differentiable: bool) -> Tensor:
     """The sum of the losses of a few rows ``(n, V)``, which become their gradients."""
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (n, V)
-    wanted = targets.unsqueeze(1)  # (n, 1)
-    loss = -log_probabilities.gather(1, wanted).sum()
+    counted = (targets >= 0).unsqueeze(1)  # (n, 1)
+    wanted = targets.clamp(min=0).unsqueeze(1)  # (n, 1)
+    loss = -(log_probabilities.gather(1, wanted) * counted).sum()
     if differentiable:
         gradient = log_probabilities.exp_()
         gradient.scatter_add_(1, wanted, gradient.new_full(wanted.shape, -1.0))
-        logits.copy_(gradient)
+        logits.copy_(gradient.mul_(counted))
     return loss

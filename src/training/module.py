@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -17,7 +19,8 @@ from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
 from src.training.loss import next_token_loss
 from src.training.optim import build_optimizer, learning_rate_at
-from src.training.position import fixed_values, restore_position, write_position
+from src.training.position import fixed_values, rescale_position, restore_position, write_position
+from src.training.sharded import FullyShardedStrategy, share_out
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
@@ -54,7 +57,7 @@ class PretrainingModule(LightningModule):
         self.steps_made = 0  # by this process
         self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
         self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
-        self._eval_batches: dict[str, list[tuple[Tensor, int]]] = {}  # split -> (sum of losses, tokens) per batch
+        self._eval_sums: dict[str, Tensor] = {}  # split -> sum of losses, number of tokens
         self._step = StepSoFar()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -65,6 +68,10 @@ class PretrainingModule(LightningModule):
         """Epochs trained so far, fractions included; 0 before the first batch."""
         batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         return batches / self.trainer.num_training_batches if batches else 0.0
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+            share_out(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.net, self.optimizer_config)
@@ -116,7 +123,9 @@ class PretrainingModule(LightningModule):
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses = torch.stack(self._step.losses) if self._step.losses else norm.new_zeros(1)
+        losses = self.trainer.strategy.reduce(losses, reduce_op="mean")  # over the processes: all of them stop, or none
         finite = losses.isfinite().all()
         if scaler is None:  # which leaves such a step out by itself, and lowers its scale
             finite &= norm.isfinite()
@@ -124,11 +133,11 @@ class PretrainingModule(LightningModule):
             stop(self.trainer, self._step, norm.item(), optimizer.param_groups[0]["lr"])
         if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("value"):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
+        elif gradient_clip_val and norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         self.steps_made += 1
         if self._step.losses:  # not all skipped
-            self.log("train/loss", losses.mean(), prog_bar=True, sync_dist=True)
+            self.log("train/loss", losses.mean(), prog_bar=True)
         self._step = StepSoFar()
         metrics = {
             "step": self.global_step + 1,
@@ -144,21 +153,21 @@ class PretrainingModule(LightningModule):
         self.trainer.optimizers[0].zero_grad()  # now: Lightning would keep the gradients through the next forward pass
 
     def on_validation_epoch_start(self) -> None:
-        self._eval_batches = {}
+        self._eval_sums = {}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets = batch
         loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction="sum")
-        self._eval_batches.setdefault(EVAL_SPLITS[dataloader_idx], []).append((loss, targets.numel()))
+        # One tensor for all batches: what lies between the buffers of two could keep their memory from being used again.
+        sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact([0.0, 0.0]))
+        sums += torch.stack([loss, (targets >= 0).sum()])
 
     def eval_losses(self) -> dict[str, Tensor]:
         """Loss in nats per token of each split of the current evaluation: sum of losses over number of tokens."""
         losses = {}
-        for split, batches in self._eval_batches.items():
-            sums, tokens = zip(*batches, strict=True)
-            totals = self._exact([torch.stack(sums).cpu().double().sum().item(), sum(tokens)])
-            total_loss, total_tokens = self.trainer.strategy.reduce(totals, reduce_op="sum")
-            losses[split] = total_loss / total_tokens
+        for split, sums in self._eval_sums.items():
+            loss, tokens = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+            losses[split] = loss / tokens
         return losses
 
     def on_validation_epoch_end(self) -> None:
@@ -177,7 +186,12 @@ class PretrainingModule(LightningModule):
         checkpoint["schedule_steps"] = self.schedule_steps
         checkpoint["skipped_batches"] = sorted(self.skipped_batches)
         checkpoint["fixed_values"] = fixed_values(self.trainer)
+        checkpoint["processes"] = self.trainer.world_size
+        checkpoint["batch_windows"] = self.trainer.datamodule.batch_windows
+        checkpoint["epoch_windows"] = self.trainer.num_training_batches * self.trainer.datamodule.batch_windows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            rescale_position(checkpoint, self.trainer.datamodule.batch_windows)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self.skipped_batches |= set(checkpoint.get("skipped_batches", []))

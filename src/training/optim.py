@@ -68,13 +68,18 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedul
     return min_lr + (peak - min_lr) * (1 - (math.sqrt(progress) if schedule.decay == "sqrt" else progress))
 
 
+def batches_per_epoch(trainer: Trainer, batches: int) -> int:
+    """How many of an epoch's ``batches`` are trained on."""
+    limit = trainer.overfit_batches or trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 def planned_steps(trainer: Trainer, batches: int) -> float:
     """Optimizer steps of a run over epochs of ``batches`` batches, infinite where neither epochs nor steps bound it.
 
     What ``trainer.estimated_stepping_batches`` will say once there is a model; known before one is built.
     """
-    limit = trainer.overfit_batches or trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = batches_per_epoch(trainer, batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs if batches else 0
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

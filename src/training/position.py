@@ -38,6 +38,30 @@ def restore_position(trainer: Trainer) -> None:
         trainer.fit_loop.epoch_loop.restarting = False
 
 
+def rescale_position(checkpoint: dict[str, Any], batch_windows: int) -> None:
+    """Count in batches of ``batch_windows`` windows, for a run that goes on with another number of processes. The
+    checkpoint lies between two optimizer steps, or two epochs, so it is between two batches in either count."""
+    before = checkpoint.get("batch_windows", batch_windows)
+    if before == batch_windows:
+        return
+
+    def batches(count: int) -> int:
+        return count * before // batch_windows
+
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for count in progress["total"], progress["current"]:
+        done = batches(count["processed"])
+        over = count["completed"] - count["processed"]
+        count |= {key: done for key in ("ready", "started", "processed")} | {"completed": done + over}
+    checkpoint["skipped_batches"] = sorted(
+        {
+            at // batch_windows
+            for batch in checkpoint["skipped_batches"]
+            for at in range(batch * before, (batch + 1) * before)
+        }
+    )
+
+
 def fixed_values(trainer: Trainer) -> dict[str, Any]:
     """What a continued run cannot change without losing its meaning, by the names of the overrides."""
     return {

@@ -1,0 +1,84 @@
+"""Training with the weights, gradients and optimizer shared out among the processes (FSDP2)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
+
+from src.model.gpt import GPT
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """PyTorch's ``fully_shard`` (Zhao et al. 2023, second edition) around each block and around the rest.
+
+    Its checkpoints are those of a single process, in one file, written and read by the same plugin: either can go on
+    where the other stopped. Lightning's own number the optimizer's state by the order of the parameters in the model,
+    which is not that of the optimizer where some parameters decay and others do not.
+    """
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._save_distributed_checkpoint = False
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)  # by name; empty but on rank 0
+        if not self.is_global_zero:
+            return {}
+        number = {name: place for place, name in enumerate(self._names(optimizer))}
+        groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+        return {"state": {number[name]: moments for name, moments in state["state"].items()}, "param_groups": groups}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
+        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            set_optimizer_state_dict(
+                self.model, optimizer, self._by_name(optimizer, state), options=StateDictOptions(full_state_dict=True)
+            )
+        return checkpoint
+
+    def _by_name(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        names = self._names(optimizer)
+        groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state["param_groups"]]
+        return {"state": {names[place]: moments for place, moments in state["state"].items()}, "param_groups": groups}
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """The names of the parameters, in the order in which an optimizer's state numbers them."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def share_out(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
+    """Let each process keep its part of every parameter of ``net`` only, and ask for the others when it needs them."""
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "hidden_states")
+
+
+def whole_net(net: GPT, trainer: Trainer) -> GPT | None:
+    """``net`` as rank 0 can use it without the others; None on those where it is shared out. All have to ask."""
+    if not isinstance(trainer.strategy, FullyShardedStrategy):
+        return net
+    weights = trainer.strategy.lightning_module_state_dict()  # empty but on rank 0
+    if not trainer.is_global_zero:
+        return None
+    copy = GPT(net.config)
+    copy.load_state_dict({name.removeprefix("net."): weight for name, weight in weights.items()})
+    return copy.to(trainer.strategy.root_device).train(net.training)
