@@ -87,7 +87,7 @@ def _print_help(config_name: str, overrides: list[str]) -> None:
     try:
         cfg = compose(config_name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        _fail([_not_composed(error, config_name)])
+        fail([_not_composed(error, config_name)])
     choices = dict(reversed(cfg.hydra.runtime.choices.items()))  # in the order of the defaults list
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]

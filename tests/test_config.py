@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from src import cli, evaluate, export, generate, prepare
 from src.model.config import GPTConfig
 from src.train import find_problems
+from src.training.sharded import FullyShardedStrategy
 
 FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 

@@ -101,6 +101,8 @@ def test_files_can_be_read_in_one_sitting():
         "src/data/prepare.py",  # from files to shards, and whether a folder may be gone on with
         "src/data/shard_writer.py",  # one writer, and all that a kill may leave behind
         "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
+        "src/processes.py",  # from one command to several processes that agree, and stop together
+        "src/benchmark.py",  # three measurements, from the processes to the table
         "src/training/sealed.py",  # writing, sealing, reading and distrusting one file
     }
 

@@ -70,7 +70,8 @@ class PretrainingModule(LightningModule):
         return batches / self.trainer.num_training_batches if batches else 0.0
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is only loaded
+        if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
             share_out(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -158,7 +159,7 @@ class PretrainingModule(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets = batch
         loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction="sum")
-        # One tensor for all batches: what lies between the buffers of two could keep their memory from being used again.
+        # One tensor for all batches: a small one that lies between large buffers keeps their memory from being reused.
         sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact([0.0, 0.0]))
         sums += torch.stack([loss, (targets >= 0).sum()])
 
