@@ -98,6 +98,9 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"schedule.{key}={getattr(schedule, key)} is above "
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
+    if top.tokens_per_step:
+        _, problem = accumulation(cfg, processes.planned_count(config["trainer"]))
+        found += [problem] if problem else []
     if top.ckpt_path is not None and not top.resume and not Path(top.ckpt_path).is_file():
         found.append(
             f"ckpt_path={top.ckpt_path} is no file (seen from {Path.cwd()}): "
@@ -106,6 +109,25 @@ def find_problems(cfg: DictConfig) -> list[str]:
     if top.weights is not None and not top.resume:
         found += problems_of_weights(top.weights)
     return found
+
+
+def accumulation(cfg: DictConfig, count: int) -> tuple[int, str | None]:
+    """How many batches of ``count`` processes make ``cfg.tokens_per_step``, or why no number does."""
+    asked, batch = cfg.tokens_per_step, cfg.data.batch_size * cfg.data.context_length * count
+    batches, left = divmod(asked, batch)
+    if left:
+        nearest = max(round(asked / batch), 1) * batch
+        return 0, (
+            f"tokens_per_step={asked} is no multiple of the {batch} tokens of a batch (data.batch_size * "
+            f"data.context_length * processes): tokens_per_step={nearest}"
+        )
+    if cfg.trainer.accumulate_grad_batches not in (1, batches):
+        given = cfg.trainer.accumulate_grad_batches
+        return 0, (
+            f"trainer.accumulate_grad_batches={given} is not what tokens_per_step={asked} needs, {batches}: "
+            f"trainer.accumulate_grad_batches=1"
+        )
+    return batches, None
 
 
 def model_problems(model: GPTConfig, data: DataConfig, weights: str | Path | None = None) -> list[str]:
@@ -180,11 +202,15 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.module import PretrainingModule
     from src.training.optim import batches_per_epoch, planned_steps
 
+    if cfg.tokens_per_step:
+        batches, problem = accumulation(cfg, processes.world_size())
+        _refuse([problem] if problem else [])
+        cfg.trainer.accumulate_grad_batches = batches
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
         _adopt(cfg, asdict(model), cfg.weights)
-    if cfg.weights:
+    if cfg.weights or cfg.tokens_per_step:
         record.update(config=OmegaConf.to_container(cfg, resolve=True))
     trainer = build_trainer(cfg, folder, interruption)
     if trainer.strategy.root_device.type == "cpu":
@@ -213,6 +239,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
         module.net.load_state_dict(weights)
+    if cfg.compile:
+        module.net.compile()
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer.checkpoint_callbacks:
         _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32

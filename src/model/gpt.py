@@ -1,6 +1,8 @@
 """GPT-2 (Radford et al. 2019): tokens in, logits out."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # in training: compute them again instead of keeping them
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only: the one draw of random numbers is init_weights
             # nn.Embedding would draw, and a normal draw on this device imports PyTorch's compiler: a second
@@ -57,7 +60,12 @@ class GPT(nn.Module):
                 f"{start + T} tokens do not fit model.context_length={self.config.context_length}: "
                 f"shorten the input or use a model with model.context_length={start + T}"
             )
-        device = tokens.device
+        if self._compiled is not None and torch.is_grad_enabled() and cache is None:
+            return self._compiled(tokens)
+        return self._hidden_states(tokens, cache)
+
+    def _hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        T, device = tokens.shape[1], tokens.device
         positions = torch.arange(T, device=device) if cache is None else cache.positions(T, device)  # (T,) or (B, T)
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
@@ -68,6 +76,15 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass of training, in place and by ``torch.compile``: names of parameters stay. Evaluation
+        and decoding, whose shapes change, are not compiled."""
+        self._compiled = torch.compile(self._hidden_states, *args, **kwargs)
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled is not None
 
     def pack(self) -> None:
         """Put the weights into the order that decoding on a CPU reads fastest; the model can then only decode."""

@@ -16,6 +16,8 @@ class RunConfig:
     ckpt_path: str | None = None
     weights: str | None = None
     finite_guard: str = "stop"
+    tokens_per_step: int | None = None
+    compile: bool = False
     activation_checkpointing: bool = False
     dry_run: bool = False
 
@@ -23,6 +25,8 @@ class RunConfig:
         found = []
         if self.seed < 0:
             found.append(f"seed={self.seed} cannot be negative: seed=123")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            found.append(f"tokens_per_step={self.tokens_per_step} must be at least 1: tokens_per_step=524288")
         if self.finite_guard not in ("stop", "rollback"):
             found.append(f"finite_guard={self.finite_guard} is neither stop nor rollback: finite_guard=stop")
         for key in ("ckpt_path", "weights"):

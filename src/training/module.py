@@ -107,7 +107,8 @@ class PretrainingModule(LightningModule):
         if self._batch in self.skipped_batches:
             return None
         inputs, targets = batch
-        loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets)
+        hidden = self.net.hidden_states(inputs)  # (B, T, C)
+        loss = next_token_loss(hidden, self.net.head.weight, targets, compiled=self.net.compiled)
         self._step.add(self._batch, inputs, loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
         return loss
