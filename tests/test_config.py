@@ -11,7 +11,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from src import cli, evaluate, export, generate, prepare
+from src import benchmark, cli, evaluate, export, generate, prepare
 from src.model.config import GPTConfig
 from src.train import find_problems
 from src.training.sharded import FullyShardedStrategy
@@ -19,7 +19,7 @@ from src.training.sharded import FullyShardedStrategy
 FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 
 
-OTHERS = {"generate": generate, "evaluate": evaluate, "export": export, "prepare": prepare}
+OTHERS = {"generate": generate, "evaluate": evaluate, "export": export, "prepare": prepare, "benchmark": benchmark}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -103,6 +103,10 @@ BAD = {
     "dry_run=perhaps": "dry_run=false",
     "trainer.accumulate_grad_batches=two": "trainer.accumulate_grad_batches=1",
     "trainer.devices=0": "trainer.devices=1",
+    "tokens_per_step=0": "tokens_per_step=524288",
+    "tokens_per_step=1000": "tokens_per_step=1024",
+    "tokens_per_step=2048 trainer.accumulate_grad_batches=3": "trainer.accumulate_grad_batches=1",
+    "tokens_per_step=512 trainer.devices=2 trainer.accelerator=cpu": "tokens_per_step=1024",
     "trainer.devices=two": "trainer.devices=1",
     "trainer.accelerator=cpu trainer.devices=-1": "trainer.devices=2",
     "trainer.devices=2 trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler=false",

@@ -1,13 +1,14 @@
 """Every command that the README shows composes, and the figures of its tables come from commands that it shows."""
 
 import functools
+import importlib.util
 import re
 import shlex
 import sys
 
 import pytest
 
-from src import cli, evaluate, export, generate, prepare, verify_resume
+from src import benchmark, cli, evaluate, export, generate, prepare, verify_resume
 from src.train import find_problems
 
 README = (cli.CONF.parent / "README.md").read_text()
@@ -20,6 +21,7 @@ CHECKS = {
     "evaluate": evaluate.find_problems,
     "export": export.find_problems,
     "prepare": prepare.find_problems,
+    "benchmark": benchmark.find_problems,
 }
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
@@ -42,6 +44,8 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
         raw["prompt_file"] = [str(file) for _ in raw["prompt_file"]]
         monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
         check = functools.partial(check, raw=raw)
+    if importlib.util.find_spec("litgpt") is None:
+        overrides = [override for override in overrides if not override.startswith("peers=")]
     overrides = [
         override if override.startswith("output=") else re.sub(r"=(outputs|my|path)\S*$", f"={file}", override)
         for override in overrides
@@ -49,11 +53,17 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     assert cli._find_problems(name, overrides, check) == []
 
 
-@pytest.mark.parametrize(("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 5), ("prepare", 5)])
+@pytest.mark.parametrize(
+    ("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 5), ("benchmark", 6), ("prepare", 5)]
+)
 def test_config_tables_name_keys_that_exist(command, least):
     section = README.split("## Configuration")[1].split("\n## ")[0]
     tables = dict(
-        zip(["train", "generate", "evaluate", "prepare"], section.split("Those of `python -m src."), strict=True)
+        zip(
+            ["train", "generate", "evaluate", "benchmark", "prepare"],
+            section.split("Those of `python -m src."),
+            strict=True,
+        )
     )
     keys = cli._keys(cli.compose(command, ["weights=x"] if command in ("generate", "evaluate") else []))
     named = [
