@@ -108,17 +108,17 @@ def _training(cfg: DictConfig, device: str, precision: str) -> dict[str, Any]:
         name: Rival(name, peers.train, name, model, _batches(cfg), cfg.peers_precision, device) for name in cfg.peers
     }
     hardware = Rival("the machine", machine.work, device, dtype)
-    turns: dict[str, Callable[[], float]] = {
+    turns: dict[str, Callable[[], Any]] = {
         "bare loop": lambda: tokens * steps / ours("bare", steps),
         "Trainer": lambda: tokens * steps / ours("trainer", steps),
         **{name: (lambda rival=rival: tokens * steps / rival(steps)) for name, rival in others.items()},
+        "phases": lambda: ours("phases", steps),
         "matrix rate": lambda: hardware("matrix"),
     }
     figures = _in_turn(turns, rounds)
-    phases = [ours("phases", steps) for _ in range(rounds)]
     memory = {name: rival.close() for name, rival in {"this project": ours, **others}.items()}
     hardware.close()
-    moments = [step for turn in phases for step in turn]
+    moments = [step for turn in figures.pop("phases") for step in turn]
     split = {
         phase: statistics.median(step[number + 1] - step[number] for step in moments)
         for number, phase in enumerate(PHASES)
@@ -224,9 +224,9 @@ def _preparation(cfg: DictConfig, device: str, precision: str) -> dict[str, Any]
     return {"bytes_per_second": figures, "bytes": size, "peak_memory": memory}
 
 
-def _in_turn(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each of ``turns`` once to warm up, then in turn, ``rounds`` times."""
-    figures: dict[str, list[float]] = {name: [] for name in turns}
+def _in_turn(turns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """What ``turns`` return: each once to warm up, then in turn, ``rounds`` times."""
+    figures: dict[str, list[Any]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         for name, turn in turns.items():
             figure = turn()
