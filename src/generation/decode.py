@@ -90,14 +90,15 @@ class Step(NamedTuple):
 @contextmanager
 def evaluating(net: GPT) -> Iterator[None]:
     """Without dropout and gradients; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    training = [module for module in net.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():  # not inference_mode, whose tensors could not be trained on
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def decode(
