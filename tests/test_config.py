@@ -29,7 +29,8 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     command = "generate" if group == "generation" else file
     if command in OTHERS:
         (tmp_path / "a.txt").write_text("text")
-        overrides.append(f"source={tmp_path}" if command == "prepare" else f"weights={small_weights}")
+        needs = {"prepare": f"source={tmp_path}", "benchmark": "rounds=2"}
+        overrides.append(needs.get(command, f"weights={small_weights}"))
         overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
