@@ -124,7 +124,7 @@ def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
 
 
 def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
-    """Dropout on. SIGKILL of one process, then SIGTERM to the one that started them."""
+    """Dropout on. SIGKILL of one process; SIGTERM to the one that started them; SIGTERM to one of them."""
     common = ("data.batch_size=2", "trainer.max_epochs=3", "eval.every_steps=7", "eval.batches=2")
     common += ("checkpoint.every_steps=3", "~callbacks.loss_plot")
     whole = started(*common, f"hydra.run.dir={tmp_path / 'whole'}")
@@ -138,14 +138,16 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
     assert f"error: process 1 of 2 was killed by SIGKILL, often for want of memory: resume={cut}" in err
     assert read_record(cut)["status"] == "failed"
 
-    stopped = started(f"resume={cut}")
-    wait_for_step(stopped, cut, 12)
-    stopped.terminate()
-    out, err = stopped.communicate()
-    assert stopped.returncode == 143
-    assert (out + err).count("finishing the step") == 1
-    assert read_record(cut)["status"] == "interrupted"
-    assert read_record(cut)["optimizer_steps"] == read_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"]
+    for step in 12, 18:
+        stopped = started(f"resume={cut}")
+        wait_for_step(stopped, cut, step)
+        os.kill(stopped.pid if step == 12 else process_of_rank(stopped, 1), signal.SIGTERM)
+        out, err = stopped.communicate()
+        assert stopped.returncode == 143
+        assert (out + err).count("finishing the step") == (step == 12)
+        assert (out + err).count("stopped by SIGTERM, saved") == 1
+        assert read_record(cut)["status"] == "interrupted"
+        assert read_record(cut)["optimizer_steps"] == read_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"]
 
     resumed = started(f"resume={cut}")
     for process in whole, resumed:
