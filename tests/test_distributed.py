@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, column, story_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSample
 from src.record import read_record
 from src.train import find_problems
 from src.training.checkpoint import read_checkpoint
+from src.training.position import rescale_position
 from src.verify_resume import _rows, first_difference
 
 COMMON = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
@@ -201,14 +204,34 @@ def test_shares_of_training_are_one_order(length, batch_size, ranks, data):
 @given(length=st.integers(1, 40), batch_size=st.integers(1, 5), ranks=st.integers(1, 4))
 def test_shares_of_evaluation_count_each_window_once(length, batch_size, ranks):
     """In as many batches on each process, so that none waits for another."""
-    import torch
-
     windows = [(torch.tensor([at]), torch.tensor([at])) for at in range(length)]
     loaders = [DataLoader(RankWindows(windows, batch_size, rank, ranks), batch_size) for rank in range(ranks)]
     batches = [list(loader) for loader in loaders]
     assert {len(one) for one in batches} == {-(-length // (batch_size * ranks))}
     counted = [target for at in range(len(batches[0])) for one in batches for target in one[at][1].flatten().tolist()]
     assert [target for target in counted if target != NOT_COUNTED] == list(range(length))
+
+
+@given(
+    before=st.integers(1, 6), now=st.integers(1, 6), done=st.integers(0, 9), behind=st.integers(0, 1), data=st.data()
+)
+def test_position_is_behind_the_same_windows(before, now, done, behind, data):
+    """Also for batches to be left out, of which those of another size may only be more."""
+    windows = done * math.lcm(before, now)
+    skipped = data.draw(st.sets(st.integers(0, 20)))
+    count = dict.fromkeys(("ready", "started", "processed"), windows // before) | {
+        "completed": windows // before - behind
+    }
+    progress = {"total": dict(count), "current": dict(count)}
+    checkpoint = {"batch_windows": before, "skipped_batches": sorted(skipped)}
+    checkpoint["loops"] = {"fit_loop": {"epoch_loop.batch_progress": progress}}
+    rescale_position(checkpoint, now)
+    for count in progress.values():
+        assert count["ready"] == count["started"] == count["processed"] == windows / now == count["completed"] + behind
+    left_out = {at for batch in checkpoint["skipped_batches"] for at in range(batch * now, (batch + 1) * now)}
+    poisoned = {at for batch in skipped for at in range(batch * before, (batch + 1) * before)}
+    assert poisoned <= left_out
+    assert {at // now for at in poisoned} == set(checkpoint["skipped_batches"])
 
 
 def test_another_number_of_devices_keeps_the_step(monkeypatch):
