@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from src import cli, processes
+from src import cli, launch, processes
 from src.continuation import different_values
 from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
 from src.record import read_record
@@ -275,4 +275,4 @@ def test_place_among_the_processes(monkeypatch, environment, place):
 
 def test_no_gpu_to_share_out():
     with pytest.raises(ValueError, match=r"trainer\.devices=8, but this machine (has|has no GPU).*: trainer\."):
-        processes.devices_here(cli.compose("train", ["trainer.devices=8"]))
+        launch.devices_here(cli.compose("train", ["trainer.devices=8"]))
