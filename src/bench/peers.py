@@ -88,8 +88,8 @@ def _model(peer: str, config: GPTConfig) -> tuple[nn.Module, Callable[[Tensor], 
 
         drop: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.drop_rate)
         sizes = {"n_positions": config.context_length, "n_embd": config.emb_dim, "n_head": config.n_heads}
-        tied = config.tie_weights
-        given = GPT2Config(config.vocab_size, **sizes, n_layer=config.n_layers, tie_word_embeddings=tied, **drop)
+        sizes |= {"n_layer": config.n_layers, "vocab_size": config.vocab_size}
+        given = GPT2Config(**sizes, tie_word_embeddings=config.tie_weights, **drop)
         net = GPT2LMHeadModel(given)
         return net, lambda tokens: net(tokens).logits
     from litgpt import GPT, Config  # which has no GPT-2: its layers for GPT-NeoX in GPT-2's sizes, without dropout

@@ -79,8 +79,8 @@ def synchronise(device: str) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed buffers for the next training step instead of giving them back to the system.
 
-    By default each buffer of 32 MB or more is mapped anew, page by page, at every step: with GPT-2's logits of 50 MB and
-    gradients of 154 MB that costs a CPU run a fifth of its speed. Does nothing where the C library has no ``mallopt``.
+    By default each buffer of 32 MB or more is mapped anew, page by page, at every step: with GPT-2's logits of 50 MB
+    and gradients of 154 MB that costs a CPU run a fifth of its speed. Does nothing where there is no ``mallopt``.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
