@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, column, story_of
@@ -19,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from src import cli, launch, processes
 from src.continuation import different_values
+from src.data.shards import header
 from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
 from src.record import read_record
+from src.tokenizer import gpt2_tokenizer
 from src.train import find_problems
 from src.training.checkpoint import read_checkpoint
 from src.training.position import rescale_position
@@ -159,9 +162,14 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
     assert first_difference(tmp_path / "whole", cut) is None
 
 
-def test_a_nan_on_one_process_stops_all(started, tmp_path):
+def test_a_nan_on_one_process_stops_all(started, tmp_path, tiny_run, text):
+    """Until then Muon trains on shards what it does on one process."""
     (tmp_path / "poison.py").write_text(POISON)
-    process = started("data.batch_size=2", "+callbacks.poison._target_=poison.Poison", "eval.batches=1",
+    tokens = np.array(gpt2_tokenizer().encode(text.read_text()), dtype="<u2")
+    (tmp_path / "shard.bin").write_bytes(header(len(tokens)) + tokens.tobytes())
+    common = ("data=shards", f"data.path={tmp_path / 'shard.bin'}", "optimizer=muon", "model.drop_rate=0",
+              "schedule=constant", "eval.batches=1")  # fmt: skip
+    process = started(*common, "data.batch_size=2", "+callbacks.poison._target_=poison.Poison",
                       f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 1, err
@@ -170,6 +178,8 @@ def test_a_nan_on_one_process_stops_all(started, tmp_path):
     (batch,) = json.loads((tmp_path / "run" / "non_finite.json").read_text())["batches"]
     assert [len(window["tokens"]) for window in batch["windows"]] == [16] * 4
     assert read_record(tmp_path / "run")["optimizer_steps"] == 2
+    alone = tiny_run(*common, "data.batch_size=4", "trainer.max_steps=2", "callbacks=none")
+    assert losses(tmp_path / "run") == pytest.approx(column(alone, "train/loss"), abs=2e-5)
 
 
 def test_what_all_would_say_is_said_once_and_a_sweep_starts_each_job_anew(started, tmp_path, text):
