@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli, processes, report
+from src import cli, launch, processes, report
 from src.continuation import (
     adopt_model,
     check_epoch,
@@ -82,7 +82,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
     )
     if not top.weights:  # which bring their own model
         found += model_problems(model, data)
-    found += processes.problems_of_devices(config["trainer"])
+    found += launch.problems_of_devices(config["trainer"])
     if schedule.name != "constant":
         steps = trainer.max_steps
         if steps > 0 and (problem := schedule.problem_of_length(steps, f"trainer.max_steps={steps}")):
@@ -99,7 +99,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
     if top.tokens_per_step:
-        _, problem = accumulation(cfg, processes.planned_count(config["trainer"]))
+        _, problem = accumulation(cfg, launch.planned_count(config["trainer"]))
         found += [problem] if problem else []
     if top.ckpt_path is not None and not top.resume and not Path(top.ckpt_path).is_file():
         found.append(
@@ -411,8 +411,8 @@ def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
 def _run(cfg: DictConfig) -> float | None:
     """One Hydra job; its objective is the final validation loss."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if processes.world_size() == 1 and (count := processes.devices_here(cfg)) > 1:
-        processes.start(list(HydraConfig.get().overrides.task), count, folder)
+    if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
+        launch.start(list(HydraConfig.get().overrides.task), count, folder)
         return read_record(folder).get("val_loss")
     if processes.rank():
         processes.be_quiet()

@@ -43,9 +43,10 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     instantiate(cfg.data)
     for callback in cfg.callbacks.values():
         instantiate(callback)
-    if cfg.trainer.strategy == "fsdp":  # which Lightning's own of that name is not
-        cfg.trainer.strategy = FullyShardedStrategy()
-    options = OmegaConf.to_container(cfg.trainer) | {"max_epochs": 1, "accelerator": "cpu", "logger": False}
+    options = OmegaConf.to_container(cfg.trainer)
+    if options["strategy"] == "fsdp":  # which Lightning's own of that name is not
+        options["strategy"] = FullyShardedStrategy()
+    options |= {"max_epochs": 1, "accelerator": "cpu", "logger": False}
     L.Trainer(**options, default_root_dir=tmp_path)
 
 

@@ -85,6 +85,11 @@ def test_stride_overlaps_training_windows_only(make):
         ),
         ({"context_length": 500}, "has 180 training tokens and 20 validation tokens"),
         ({"batch_size": 30}, "data.batch_size=30 is more than the 22 training windows"),
+        (
+            {"batch_size": 12, "rank": 1, "ranks": 2},
+            "data.batch_size=12 on 2 devices is more than the 22 training windows of",
+        ),
+        ({"ranks": 23}, "trainer.devices=22, a smaller"),
         ({"train_ratio": 0.001}, "has 0 training tokens"),
     ],
 )

@@ -40,6 +40,7 @@ ENTRIES = {
     "sweep",
     "trainer",
     "processes",
+    "launch",
 }
 
 
@@ -91,6 +92,8 @@ def test_files_can_be_read_in_one_sitting():
     long = {path: lines for path, lines in lengths.items() if lines > 160}
     assert set(long) <= {
         "src/generate.py",  # every way for a prompt to come in and for a text to go out
+        "src/launch.py",  # devices asked for, devices there, and one process for each
+        "src/processes.py",  # how processes begin together, agree and fail together
         "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
         "src/train.py",  # the main job from the overrides to the summary, told in one place
         "src/cli.py",  # all that stands between a mistyped override and its one-line answer
@@ -101,7 +104,6 @@ def test_files_can_be_read_in_one_sitting():
         "src/data/prepare.py",  # from files to shards, and whether a folder may be gone on with
         "src/data/shard_writer.py",  # one writer, and all that a kill may leave behind
         "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
-        "src/processes.py",  # from one command to several processes that agree, and stop together
         "src/benchmark.py",  # three measurements, from the processes to the table
         "src/training/sealed.py",  # writing, sealing, reading and distrusting one file
     }

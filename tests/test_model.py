@@ -156,6 +156,27 @@ def test_each_place_of_dropout_counts(tiny):
         assert not torch.allclose(net(tokens), exact), place
 
 
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_activations_computed_again_are_the_same_bits(tiny, drop_rate):
+    """Dropout included, with less kept from the forward to the backward pass."""
+    tokens = torch.randint(tiny.vocab_size, (3, 16), generator=torch.Generator().manual_seed(1))
+    found = []
+    for again in False, True:
+        net, kept = build(tiny, drop_rate=drop_rate, n_layers=4), []
+        net.checkpoint_activations = again
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x)
+        torch.manual_seed(5)
+        with keep:
+            loss = F.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten())
+        numbers = sum(kept)
+        loss.backward()
+        found.append((loss.item(), [parameter.grad for parameter in net.parameters()], numbers, torch.rand(1).item()))
+    (loss, gradients, numbers, drawn), again = found
+    assert (loss, drawn) == (again[0], again[3])
+    assert all(map(torch.equal, gradients, again[1]))
+    assert again[2] < numbers / 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -101,18 +101,23 @@ class LastCheckpoint(Checkpoint):
         self.interruption.deferred = False
 
     def _save_if_due(self, trainer: Trainer) -> None:
-        self._agree()
-        interrupted = self.interruption.requested is not None
+        interrupted = self._agree()
         if self._due or (interrupted and self._saved_step != self._step):
             self._save(trainer)
-        self.interruption.check()
+        if interrupted:
+            self.interruption.check()
 
-    def _agree(self) -> None:
+    def _agree(self) -> bool:
+        """Whether a process of the run was asked to stop; what comes in while they agree counts the next time."""
+        asked = [int(self._due), int(self.interruption.requested or 0)]
         if self._group is not None:
-            asked = torch.tensor([self._due, self.interruption.requested or 0])
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self._group)
-            self._due, signum = bool(asked[0]), asked[1].item()
-            self.interruption.requested = signal.Signals(signum) if signum else None
+            told = torch.tensor(asked)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._group)
+            asked = told.tolist()
+        self._due = bool(asked[0])
+        if asked[1]:
+            self.interruption.requested = signal.Signals(asked[1])
+        return bool(asked[1])
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:
