@@ -98,7 +98,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"schedule.{key}={getattr(schedule, key)} is above "
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
-    if top.tokens_per_step:
+    if top.tokens_per_step and not top.weights:
         _, problem = accumulation(cfg, launch.planned_count(config["trainer"]))
         found += [problem] if problem else []
     if top.ckpt_path is not None and not top.resume and not Path(top.ckpt_path).is_file():
@@ -202,10 +202,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.module import PretrainingModule
     from src.training.optim import batches_per_epoch, planned_steps
 
-    if cfg.tokens_per_step:
-        batches, problem = accumulation(cfg, processes.world_size())
-        _refuse([problem] if problem else [])
-        cfg.trainer.accumulate_grad_batches = batches
+    if not cfg.weights:
+        _accumulate(cfg)
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
@@ -380,6 +378,14 @@ def _adopt(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> None:
     _refuse(adopt_model(cfg, model, source))
     checked, _ = cli.check_sections(cfg, {"model": GPTConfig, "data": DataConfig})
     _refuse(model_problems(checked["model"], checked["data"], source))
+    _accumulate(cfg)  # batches of the length that is known now
+
+
+def _accumulate(cfg: DictConfig) -> None:
+    if cfg.tokens_per_step:
+        batches, problem = accumulation(cfg, processes.world_size())
+        _refuse([problem] if problem else [])
+        cfg.trainer.accumulate_grad_batches = batches
 
 
 def _refuse(problems: list[str]) -> None:

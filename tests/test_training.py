@@ -312,12 +312,16 @@ def test_a_run_without_a_step_is_an_error(tiny_run):
 
 
 def test_tokens_per_step_sets_the_accumulation(tiny_run):
-    by_tokens = tiny_run("tokens_per_step=96", *FAST)  # 2 windows of 16, 3 times
+    by_tokens = tiny_run("tokens_per_step=96", *FAST, "trainer.enable_checkpointing=true")  # 2 windows of 16, 3 times
     by_batches = tiny_run("trainer.accumulate_grad_batches=3", *FAST)
     assert column(by_tokens, "train/loss") == column(by_batches, "train/loss")
     assert by_tokens.record["config"]["trainer"]["accumulate_grad_batches"] == 3
-    steps = column(by_tokens, "tokens_seen")
-    assert steps[:2] == [96, 192]
+    assert column(by_tokens, "tokens_seen")[:2] == [96, 192]
+    last = by_tokens.folder / "checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match=r"tokens_per_step=80 is no multiple of the 32 tokens .*: tokens_per_step=64"):
+        tiny_run(f"weights={last}", "tokens_per_step=80")
+    shorter = tiny_run(f"weights={last}", "data.context_length=8", "tokens_per_step=80", model=())
+    assert shorter.record["config"]["trainer"]["accumulate_grad_batches"] == 5
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
