@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.help import help_text
 from src.training.interruption import Interrupted, Interruption
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -59,12 +60,16 @@ def launch(
     logging.raiseExceptions = False  # a full disk stops a run by what it cannot save, not by what it cannot log
     with Interruption():
         try:
-            sys.argv[1:] = agree(lambda: _checked_arguments(config_name, check, rewrite))
+            arguments = agree(lambda: _checked_arguments(config_name, check, rewrite))
         except Exception as error:
             told = getattr(error, "told", False)  # by another process of this run
             if not told and not isinstance(error, ValueError):
                 raise
             fail([] if told else str(error).splitlines())
+        if {"-h", "--help"} & set(arguments):
+            _print_help(config_name, [argument for argument in arguments if not argument.startswith("-")])
+            return
+        sys.argv[1:] = arguments
         failed: list[str] = []
         try:
             _hydra_main(config_name, lambda cfg: _run(task, cfg, failed))
@@ -76,6 +81,18 @@ def launch(
             fail([f"{error.filename or ''} {error.strerror}: hydra.run.dir=<a folder that can be written to>".strip()])
         if failed:
             sys.exit(1)
+
+
+def _print_help(config_name: str, overrides: list[str]) -> None:
+    try:
+        cfg = compose(config_name, overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail([_not_composed(error, config_name)])
+    choices = dict(reversed(cfg.hydra.runtime.choices.items()))  # in the order of the defaults list
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    own = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
+    print(help_text(config_name, cfg, own, CONF))
 
 
 def take_out(arguments: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
@@ -199,7 +216,7 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     sweeping = bool({"-m", "--multirun"} & set(argv))
     overrides = [argument for argument in argv if argument not in ("-m", "--multirun")]
     if any(argument.startswith("-") for argument in overrides):
-        return []  # --help, --cfg and their like are Hydra's own
+        return []  # --cfg, --info and their like are Hydra's own
     found, parsed = [], []
     for override in overrides:
         try:
@@ -227,10 +244,14 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     try:
         cfg = compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return [f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"]
+        return [_not_composed(error, config_name)]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
     return [] if sweeping else check(cfg)
+
+
+def _not_composed(error: Exception, config_name: str) -> str:
+    return f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"
 
 
 def _first_choice(override: Override) -> str:
@@ -262,7 +283,7 @@ def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str
             if str(value) not in choices
         ]
     known = _keys(base)
-    for group in {"schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
+    for group in {"optimizer", "schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
         for file in (CONF / group).glob("*.yaml"):
             known |= {f"{group}.{name}" for name in _keys(OmegaConf.load(file)) if "defaults" not in name}
     if key in known or override.is_delete():

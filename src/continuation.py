@@ -40,6 +40,17 @@ def adopt_model(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> l
     return found
 
 
+def different_optimizer(cfg: DictConfig, optimizer: dict[str, Any], path: Path) -> list[str]:
+    """Whether the optimizer asked for is another kind than that of the checkpoint at ``path``."""
+    before = optimizer.get("name", "adamw")
+    if cfg.optimizer.name == before:
+        return []
+    return [
+        f"optimizer={cfg.optimizer.name} differs from {before} in {path}, whose state is of no use to it: "
+        f"optimizer={before}, or weights={path} for a new run"
+    ]
+
+
 def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
     """How the data or the geometry of the batches differs from that of the checkpoint at ``path``, a line each."""
     found, before = [], checkpoint.get("fixed_values", {})

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -119,15 +118,12 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _text(data: DataConfig, split: str, tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray, str]:
+def _text(data: DataConfig, split: str, tokenizer: tiktoken.Encoding) -> tuple[Any, Any, str]:
     """The tokens to score, those that the unigram baseline knows, and the hash of the text."""
-    from src.data.corpus import read_corpus
-    from src.data.tokens import split_tokens
+    from src.data.tokens import read_split
 
-    corpus = read_corpus(data.path, data.url, data.sha256, data.mirrors, data.size)
-    ratio = 1.0 if split == "all" else data.train_ratio
-    train, val = split_tokens(corpus, ratio, tokenizer, data.special_tokens, data.cache_dir)
-    return (val if split == "val" else train), train, corpus.sha256
+    train, val, sha256 = read_split(data, tokenizer, 1.0 if split == "all" else data.train_ratio)
+    return (val if split == "val" else train), train, sha256
 
 
 def _check_model(config: EvaluationConfig, net: GPT) -> None:

@@ -32,6 +32,7 @@ class GenerateConfig(GenerationConfig):
     echo: bool = True
     inspect: bool = False
     device: str = "auto"
+    precision: str = "32-true"
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -39,6 +40,8 @@ class GenerateConfig(GenerationConfig):
             found.append(f"special_tokens={self.special_tokens} is neither parse nor text: special_tokens=parse")
         if self.device not in DEVICES:
             found.append(f"device={self.device} is none of {', '.join(DEVICES)}: device=auto")
+        if self.precision not in ("32-true", "bf16-true"):
+            found.append(f"precision={self.precision} is neither 32-true nor bf16-true: precision=32-true")
         if self.inspect and (self.num_beams > 1 or self.num_samples > 1):
             found.append("inspect=true looks at a single text: num_samples=1 num_beams=1")
         return found
@@ -73,6 +76,8 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     """
     if problems := find_problems(cfg, raw):
         raise ValueError("\n".join(problems))
+    import torch
+
     from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
     from src.tokenizer import gpt2_tokenizer
@@ -83,7 +88,9 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
         *(_stdin() if text == "-" else text for text in raw["prompt"]),
         *map(_read, map(Path, raw["prompt_file"])),
     ]
-    net = load_weights(config.weights, pick_accelerator(config.device, "device"))
+    dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
+    net = load_weights(config.weights, pick_accelerator(config.device, "device"), dtype=dtype)
+    net.pack()
     check_vocabulary(net, gpt2_tokenizer())
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

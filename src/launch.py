@@ -67,6 +67,11 @@ def _count(devices: Any) -> int | None:
     return devices if type(devices) is int and devices > 0 else None
 
 
+def planned_count(trainer: dict[str, Any]) -> int:
+    """How many processes the run is to have, as far as its config says."""
+    return max(world_size(), (_count(trainer["devices"]) or 1) * trainer["num_nodes"])
+
+
 def devices_here(cfg: DictConfig) -> int:
     """Processes that this machine is to run.
 

@@ -59,7 +59,8 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
     record, trainer = run.record, run.trainer
     windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     length = cfg.data.context_length
-    fused = run.module.optimizer_config.fused
+    optimizer = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks, AdamW"}[cfg.optimizer.name]
+    fused = "not fused" if cfg.optimizer.fused is False else "fused"
     card = {
         "parameters": f"{record['parameters']:,}",
         **run.datamodule.summary(),
@@ -67,7 +68,7 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],
-        "optimizer": f"AdamW, {'fused' if fused is None or fused else 'not fused'}, {cfg.schedule.name} schedule",
+        "optimizer": f"{optimizer}, {fused}, {cfg.schedule.name} schedule",
         "run folder": str(run.folder),
     }
     for key, value in card.items():
@@ -109,6 +110,8 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
         if cfg.resume:  # whose batches are fixed
             return f"out of memory: resume={folder} with more of it, or weights=<its last.ckpt> {less} for a new run"
         return f"out of memory; this takes less and keeps the tokens per step: {less}"
+    if "Caught ValueError in DataLoader worker" in message:  # as told there, without the traceback
+        return message.strip().splitlines()[-1].removeprefix("ValueError: ")
     if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
         fewer = f"data.num_workers={cfg.data.num_workers // 2}"
         return f"a data worker died, often for want of memory: resume={folder} {fewer}"

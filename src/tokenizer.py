@@ -62,20 +62,25 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
 def encode_pieces(
     pieces: Iterable[str], tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse"
 ) -> Iterator[np.ndarray]:
-    """Token ids of one text that comes in ``pieces``: end to end, those that :func:`encode` gives for the whole.
+    """Token ids of one text that comes in ``pieces``: end to end, those that :func:`encode` gives for the whole."""
+    return (encode(piece, tokenizer, special_tokens) for piece in separable(pieces))
+
+
+def separable(pieces: Iterable[str]) -> Iterator[str]:
+    """The ``pieces`` of one text, cut anew so that each can be encoded by itself.
 
     A piece is held back from its last space or line break between two other characters on, where GPT-2's pattern always
     starts anew. A text without any is held as a whole.
     """
-    rest = ""
+    rest, searched = "", 0
     for piece in pieces:
+        if cut := _last_break(rest, searched):
+            yield rest[:cut]
+            rest = rest[cut:]
         searched = max(len(rest) - 1, 0)
         rest += piece
-        if cut := _last_break(rest, searched):
-            yield encode(rest[:cut], tokenizer, special_tokens)
-            rest = rest[cut:]
     if rest:
-        yield encode(rest, tokenizer, special_tokens)
+        yield rest
 
 
 def _last_break(text: str, searched: int) -> int:

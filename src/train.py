@@ -19,7 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli, launch, processes, report
-from src.continuation import adopt_model, check_epoch, check_text, different_model, different_values, steps_of_schedule
+from src.continuation import (
+    adopt_model,
+    check_epoch,
+    check_text,
+    different_model,
+    different_optimizer,
+    different_values,
+    steps_of_schedule,
+)
 from src.data.config import DataConfig
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
@@ -75,17 +83,14 @@ def find_problems(cfg: DictConfig) -> list[str]:
     if not top.weights:  # which bring their own model
         found += model_problems(model, data)
     found += launch.problems_of_devices(config["trainer"])
-    if schedule.name == "warmup_cosine":
+    if schedule.name != "constant":
         steps = trainer.max_steps
-        if 0 < steps < schedule.warmup_steps:
-            found.append(
-                f"schedule.warmup_steps={schedule.warmup_steps:g} is longer than trainer.max_steps={steps}: "
-                f"schedule.warmup_steps=0.2"
-            )
+        if steps > 0 and (problem := schedule.problem_of_length(steps, f"trainer.max_steps={steps}")):
+            found.append(problem)
         if steps == trainer.max_epochs == -1:
             found.append(
-                "trainer.max_epochs=-1 leaves schedule=warmup_cosine without an end: "
-                "trainer.max_steps=<n> or schedule=constant"
+                f"trainer.max_epochs=-1 leaves schedule={schedule.name} without an end: "
+                f"trainer.max_steps=<n> or schedule=constant"
             )
         for key in ("initial_lr", "min_lr"):
             if (getattr(schedule, key) or 0) > optimizer.learning_rate:
@@ -93,6 +98,9 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"schedule.{key}={getattr(schedule, key)} is above "
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
+    if top.tokens_per_step and not top.weights:
+        _, problem = accumulation(cfg, launch.planned_count(config["trainer"]))
+        found += [problem] if problem else []
     if top.ckpt_path is not None and not top.resume and not Path(top.ckpt_path).is_file():
         found.append(
             f"ckpt_path={top.ckpt_path} is no file (seen from {Path.cwd()}): "
@@ -101,6 +109,25 @@ def find_problems(cfg: DictConfig) -> list[str]:
     if top.weights is not None and not top.resume:
         found += problems_of_weights(top.weights)
     return found
+
+
+def accumulation(cfg: DictConfig, count: int) -> tuple[int, str | None]:
+    """How many batches of ``count`` processes make ``cfg.tokens_per_step``, or why no number does."""
+    asked, batch = cfg.tokens_per_step, cfg.data.batch_size * cfg.data.context_length * count
+    batches, left = divmod(asked, batch)
+    if left:
+        nearest = max(round(asked / batch), 1) * batch
+        return 0, (
+            f"tokens_per_step={asked} is no multiple of the {batch} tokens of a batch (data.batch_size * "
+            f"data.context_length * processes): tokens_per_step={nearest}"
+        )
+    if cfg.trainer.accumulate_grad_batches not in (1, batches):
+        given = cfg.trainer.accumulate_grad_batches
+        return 0, (
+            f"trainer.accumulate_grad_batches={given} is not what tokens_per_step={asked} needs, {batches}: "
+            f"trainer.accumulate_grad_batches=1"
+        )
+    return batches, None
 
 
 def model_problems(model: GPTConfig, data: DataConfig, weights: str | Path | None = None) -> list[str]:
@@ -175,11 +202,13 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.module import PretrainingModule
     from src.training.optim import batches_per_epoch, planned_steps
 
+    if not cfg.weights:
+        _accumulate(cfg)
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
         _adopt(cfg, asdict(model), cfg.weights)
-    if cfg.weights:
+    if cfg.weights or cfg.tokens_per_step:
         record.update(config=OmegaConf.to_container(cfg, resolve=True))
     trainer = build_trainer(cfg, folder, interruption)
     if trainer.strategy.root_device.type == "cpu":
@@ -208,6 +237,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
         module.net.load_state_dict(weights)
+    if cfg.compile:
+        module.net.compile()
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer.checkpoint_callbacks:
         _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32
@@ -324,7 +355,8 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
         )
     if cfg.weights:
         _adopt(cfg, checkpoint["hyper_parameters"]["model"], path)
-    problems = different_model(cfg, checkpoint["hyper_parameters"]["model"], path)
+    before = checkpoint["hyper_parameters"]
+    problems = different_model(cfg, before["model"], path) + different_optimizer(cfg, before["optimizer"], path)
     _refuse(problems + different_values(cfg, checkpoint, path))
     log.info("going on from step %d of %s", checkpoint["global_step"], path)
     return path, checkpoint
@@ -346,6 +378,14 @@ def _adopt(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> None:
     _refuse(adopt_model(cfg, model, source))
     checked, _ = cli.check_sections(cfg, {"model": GPTConfig, "data": DataConfig})
     _refuse(model_problems(checked["model"], checked["data"], source))
+    _accumulate(cfg)  # batches of the length that is known now
+
+
+def _accumulate(cfg: DictConfig) -> None:
+    if cfg.tokens_per_step:
+        batches, problem = accumulation(cfg, processes.world_size())
+        _refuse([problem] if problem else [])
+        cfg.trainer.accumulate_grad_batches = batches
 
 
 def _refuse(problems: list[str]) -> None:
@@ -360,11 +400,9 @@ def _check_length(cfg: DictConfig, steps: float) -> None:
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} leave no batch to train on: "
             f"trainer.limit_train_batches=null trainer.overfit_batches=0"
         )
-    if cfg.schedule.name == "warmup_cosine" and cfg.schedule.warmup_steps > steps:
-        raise ValueError(
-            f"schedule.warmup_steps={cfg.schedule.warmup_steps} is longer than the run's {steps} optimizer steps: "
-            f"schedule.warmup_steps=0.2 or a larger trainer.max_epochs"
-        )
+    schedule = ScheduleConfig(**cfg.schedule)
+    if math.isfinite(steps) and (problem := schedule.problem_of_length(steps, f"the run's {steps} optimizer steps")):
+        raise ValueError(f"{problem} or a larger trainer.max_epochs")
 
 
 def _check_disk(folder: Path, checkpoint_bytes: int) -> None:

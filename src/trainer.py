@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
@@ -64,6 +65,8 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     if options["strategy"] == "fsdp":
         options["strategy"] = FullyShardedStrategy()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
+    # TensorBoard's own switch for working without TensorFlow, which takes ten seconds to import where it is installed.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
     loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
     trainer = Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
     # The run listens for signals itself, and its processes agree once per step: Lightning's handler would wait for all

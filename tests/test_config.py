@@ -11,7 +11,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from src import cli, evaluate, export, generate
+from src import benchmark, cli, evaluate, export, generate, prepare
 from src.model.config import GPTConfig
 from src.train import find_problems
 from src.training.sharded import FullyShardedStrategy
@@ -19,7 +19,7 @@ from src.training.sharded import FullyShardedStrategy
 FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 
 
-OTHERS = {"generate": generate, "evaluate": evaluate, "export": export}
+OTHERS = {"generate": generate, "evaluate": evaluate, "export": export, "prepare": prepare, "benchmark": benchmark}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -28,11 +28,14 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     overrides = [f"{group}={name}"] if group else []
     command = "generate" if group == "generation" else file
     if command in OTHERS:
-        overrides += [f"weights={small_weights}", *([f"output={tmp_path / 'out'}"] if command == "export" else [])]
+        (tmp_path / "a.txt").write_text("text")
+        needs = {"prepare": f"source={tmp_path}", "benchmark": "rounds=2"}
+        overrides.append(needs.get(command, f"weights={small_weights}"))
+        overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
-    if file in ("data/text", "experiment/gpt2_124m"):
+    if file in ("data/text", "data/shards", "experiment/gpt2_124m", "experiment/optimizers"):
         overrides.append(f"data.path={tmp_path}")
     cfg = cli.compose(file if not group else "train", overrides)
     assert find_problems(cfg) == []
@@ -74,7 +77,7 @@ BAD = {
     "trainer.max_epoch=3": "trainer.max_epochs",
     "+optimizer.lr=1": "optimizer.learning_rate",
     "schedule.warmup=3": "schedule.warmup_steps",
-    "data=wikipedia": "there are: story, text, the_verdict",
+    "data=wikipedia": "there are: shards, story, text, the_verdict",
     "experiment=boook": "experiment=book",
     "model.n_layers=abc": "model.n_layers=12",
     "model.n_layers=1.5": "model.n_layers=12",
@@ -88,6 +91,8 @@ BAD = {
     "data.stride=-1": "data.stride=256",
     "data.train_ratio=1": "data.train_ratio=0.9",
     "data=text": "data.path=",
+    "data=shards": "data.path=",
+    "data=shards data.path=x data.format=tokens": "data=text or data=shards",
     "optimizer.learning_rate=-1": "optimizer.learning_rate=",
     "optimizer.learning_rate=fast": "optimizer.learning_rate=",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9,0.95]",
@@ -100,6 +105,10 @@ BAD = {
     "dry_run=perhaps": "dry_run=false",
     "trainer.accumulate_grad_batches=two": "trainer.accumulate_grad_batches=1",
     "trainer.devices=0": "trainer.devices=1",
+    "tokens_per_step=0": "tokens_per_step=524288",
+    "tokens_per_step=1000": "tokens_per_step=1024",
+    "tokens_per_step=2048 trainer.accumulate_grad_batches=3": "trainer.accumulate_grad_batches=1",
+    "tokens_per_step=512 trainer.devices=2 trainer.accelerator=cpu": "tokens_per_step=1024",
     "trainer.devices=two": "trainer.devices=1",
     "trainer.accelerator=cpu trainer.devices=-1": "trainer.devices=2",
     "trainer.devices=2 trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler=false",
@@ -122,6 +131,11 @@ BAD = {
     "weights=nowhere.ckpt": "weights=",
     "weights=gpt3": "none of gpt2, gpt2-medium, gpt2-large, gpt2-xl",
     "trainer.max_steps=5 schedule.warmup_steps=10": "schedule.warmup_steps=0.2",
+    "optimizer=sgd": "there are: adamw, muon",
+    "optimizer=muon optimizer.momentum=1": "optimizer.momentum=0.95",
+    "schedule=warmup_stable_decay schedule.decay=cubic": "schedule.decay=linear",
+    "schedule=warmup_stable_decay trainer.max_steps=9 schedule.decay_steps=9": "schedule.decay_steps=0.2",
+    "schedule=warmup_stable_decay schedule.warmup_steps=0.6 schedule.decay_steps=0.6": "schedule.decay_steps=0.2",
     "seed=[": "seed=[ is no override",
     "callbacks.text_sample=1": "callbacks.text_samples",
 }
@@ -184,6 +198,66 @@ def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
     assert done.stderr.startswith("error: optimizer.lr is no key of train: did you mean optimizer.learning_rate?")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "verify_resume"])
+def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_path):
+    """Its purpose, its groups and choices, each key with the comment of conf; neither Hydra's groups nor PyTorch."""
+    code = (
+        f"import sys, runpy; sys.argv = [{command!r}, '--help']\n"
+        f"runpy.run_module('src.{command}', run_name='__main__')\n"
+        "print(sorted({'torch', 'lightning', 'matplotlib', 'tiktoken', 'rich', 'tensorboard'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *text, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert text[0].startswith(f"python -m src.{command}: ")
+    groups = {line.split()[0] for line in text if line.startswith("  ") and ("*  " in line or line.endswith("*"))}
+    own = {
+        "train": {"model", "data", "optimizer", "schedule", "trainer", "callbacks", "logger"},
+        "generate": {"generation"},
+        "evaluate": {"data"},
+        "export": set(),
+    }
+    assert groups == own.get(command, own["train"])
+    keys = {line.split(":")[0].strip() for line in text if line.startswith("  ") and ":" in line}
+    assert keys >= {name.split(".")[-1] for name in cli._keys(cli.compose(command, []))}
+
+
+def test_help_shows_what_is_chosen_with_its_own_comments(command):
+    status, out, _ = command("train", "optimizer=muon", "schedule=warmup_stable_decay", "seed=7", "--help")
+    assert status == 0
+    lines = out.splitlines()
+    assert "  optimizer   adamw  muon*" in lines
+    assert "  seed: 7  # weights, data order and dropout all follow from it" in lines
+    assert "    momentum: 0.95  # of the matrices of the blocks" in lines
+    assert "    weight_decay: 0.1  # decoupled" in lines  # which it has from adamw.yaml
+    assert "    min_lr: null  # where the decay ends; null: a tenth of optimizer.learning_rate" in lines
+    status, out, err = command("train", "modle=3", "--help")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "evaluate"])
+def test_commands_load_what_they_use(command, tmp_path, small_weights, text):
+    """Neither Lightning nor PyTorch's compiler, which a single normal draw on the meta device would import."""
+    arguments = {
+        "generate": ["prompt=So", "max_new_tokens=2"],
+        "export": ["output=out"],
+        "evaluate": [f"data.path={text}", "surprises=1"],
+    }[command]
+    foreign = {"lightning", "torch._dynamo", "tensorboard", "transformers", "pooch", "huggingface_hub"}
+    foreign |= set() if command == "evaluate" else {"matplotlib", "rich"}
+    code = (
+        f"import sys, runpy; sys.argv = {[command, f'weights={small_weights}', *arguments]!r}\n"
+        f"runpy.run_module('src.{command}', run_name='__main__')\n"
+        f"print(sorted({foreign!r} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_names_nearest_by_part_initials_and_spelling():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import TINY, column, story_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +20,13 @@ from torch.utils.data import DataLoader
 
 from src import cli, launch, processes
 from src.continuation import different_values
+from src.data.shards import header
 from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
 from src.record import read_record
+from src.tokenizer import gpt2_tokenizer
 from src.train import find_problems
 from src.training.checkpoint import read_checkpoint
+from src.training.position import rescale_position
 from src.verify_resume import _rows, first_difference
 
 COMMON = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
@@ -158,11 +164,30 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
     assert first_difference(tmp_path / "whole", cut) is None
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_nan_on_one_process_takes_all_back(started, tmp_path, strategy):
+def test_a_nan_on_one_process_stops_all(started, tmp_path, tiny_run, text):
+    """Until then Muon trains on shards what it does on one process."""
+    (tmp_path / "poison.py").write_text(POISON)
+    tokens = np.array(gpt2_tokenizer().encode(text.read_text()), dtype="<u2")
+    (tmp_path / "shard.bin").write_bytes(header(len(tokens)) + tokens.tobytes())
+    common = ("data=shards", f"data.path={tmp_path / 'shard.bin'}", "optimizer=muon", "model.drop_rate=0",
+              "schedule=constant", "eval.batches=1")  # fmt: skip
+    process = started(*common, "data.batch_size=2", "+callbacks.poison._target_=poison.Poison",
+                      f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    out, err = process.communicate()
+    assert process.returncode == 1, err
+    assert (out + err).count("error:") == 1
+    assert "step 3 was not made: its loss is nan" in out
+    (batch,) = json.loads((tmp_path / "run" / "non_finite.json").read_text())["batches"]
+    assert [len(window["tokens"]) for window in batch["windows"]] == [16] * 4
+    assert read_record(tmp_path / "run")["optimizer_steps"] == 2
+    alone = tiny_run(*common, "data.batch_size=4", "trainer.max_steps=2", "callbacks=none")
+    assert losses(tmp_path / "run") == pytest.approx(column(alone, "train/loss"), abs=2e-5)
+
+
+def test_a_nan_on_one_process_takes_all_back(started, tmp_path):
     (tmp_path / "poison.py").write_text(POISON)
     process = started("data.batch_size=2", "+callbacks.poison._target_=poison.Poison", "eval.batches=1",
-                      f"trainer.strategy={strategy}", "finite_guard=rollback", "checkpoint.every_steps=1",
+                      "trainer.strategy=fsdp", "finite_guard=rollback", "checkpoint.every_steps=1",
                       "trainer.max_steps=5", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -205,14 +230,34 @@ def test_shares_of_training_are_one_order(length, batch_size, ranks, data):
 @given(length=st.integers(1, 40), batch_size=st.integers(1, 5), ranks=st.integers(1, 4))
 def test_shares_of_evaluation_count_each_window_once(length, batch_size, ranks):
     """In as many batches on each process, so that none waits for another."""
-    import torch
-
     windows = [(torch.tensor([at]), torch.tensor([at])) for at in range(length)]
     loaders = [DataLoader(RankWindows(windows, batch_size, rank, ranks), batch_size) for rank in range(ranks)]
     batches = [list(loader) for loader in loaders]
     assert {len(one) for one in batches} == {-(-length // (batch_size * ranks))}
     counted = [target for at in range(len(batches[0])) for one in batches for target in one[at][1].flatten().tolist()]
     assert [target for target in counted if target != NOT_COUNTED] == list(range(length))
+
+
+@given(
+    before=st.integers(1, 6), now=st.integers(1, 6), done=st.integers(0, 9), behind=st.integers(0, 1), data=st.data()
+)
+def test_position_is_behind_the_same_windows(before, now, done, behind, data):
+    """Also for batches to be left out, of which those of another size may only be more."""
+    windows = done * math.lcm(before, now)
+    skipped = data.draw(st.sets(st.integers(0, 20)))
+    count = dict.fromkeys(("ready", "started", "processed"), windows // before) | {
+        "completed": windows // before - behind
+    }
+    progress = {"total": dict(count), "current": dict(count)}
+    checkpoint = {"batch_windows": before, "skipped_batches": sorted(skipped)}
+    checkpoint["loops"] = {"fit_loop": {"epoch_loop.batch_progress": progress}}
+    rescale_position(checkpoint, now)
+    for count in progress.values():
+        assert count["ready"] == count["started"] == count["processed"] == windows / now == count["completed"] + behind
+    left_out = {at for batch in checkpoint["skipped_batches"] for at in range(batch * now, (batch + 1) * now)}
+    poisoned = {at for batch in skipped for at in range(batch * before, (batch + 1) * before)}
+    assert poisoned <= left_out
+    assert {at // now for at in poisoned} == set(checkpoint["skipped_batches"])
 
 
 def test_another_number_of_devices_keeps_the_step(monkeypatch):

@@ -30,7 +30,8 @@ def through_weight(value, name="head.weight"):
 
 def through_loss(value):
     def act(module):
-        handle = module.net.register_forward_hook(lambda net, inputs, logits: (handle.remove(), logits * value)[1])
+        norm = module.net.final_norm
+        handle = norm.register_forward_hook(lambda norm, inputs, hidden: (handle.remove(), hidden * value)[1])
 
     return act
 

@@ -181,6 +181,7 @@ def test_whoever_reads_the_texts_may_leave(small_weights, tmp_path):
 
 
 BAD = {
+    "weights=W prompt=So precision=fp8": "precision=32-true",
     "prompt=So": "weights is needed",
     "weights=nowhere prompt=So": "none of gpt2, gpt2-medium",
     "weights=W": "prompt is needed",
@@ -298,3 +299,10 @@ def test_config_is_checked_by_every_key():
     assert set(generate.GenerateConfig.__dataclass_fields__) | set(generate.RAW) == set(
         cli.compose("generate", ["weights=x"])
     )
+
+
+def test_bfloat16_continues_much_like_float32(command, small_weights):
+    given = ("generate", f"weights={small_weights}", "prompt=So", "temperature=0", "max_new_tokens=3", "echo=false")
+    texts = [command(*given, f"precision={precision}") for precision in ("32-true", "bf16-true")]
+    assert [status for status, _, _ in texts] == [0, 0]
+    assert texts[0][1] == texts[1][1]  # its next tokens are no toss-up

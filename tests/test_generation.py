@@ -12,6 +12,7 @@ from src.generation.config import GenerationConfig, Sampling
 from src.generation.decode import decode, evaluating, generate, pad_left
 from src.generation.sampling import filter_logits, next_token
 from src.generation.text import TextStream, continue_texts
+from src.model.cache import KVCache
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import encode, text_to_token_ids, token_ids_to_text
@@ -376,3 +377,25 @@ def test_beams_come_with_scores_best_first(reader):
 def test_a_vocabulary_too_small_is_told(net):
     with pytest.raises(ValueError, match="101 tokens"):
         continue_texts(net, ["So"], GenerationConfig())
+
+
+def test_a_fixed_cache_computes_the_same(small_net):
+    """What a CUDA graph records: shapes that do not depend on how much was read."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50257, (3, 30))
+    plain, fixed = (KVCache(small_net.config, 3) for _ in range(2))
+    for kept in fixed._keys + fixed._values:
+        kept.fill_(float("nan"))  # as memory that nobody has written to may be
+    with torch.no_grad():
+        for cache in plain, fixed:
+            small_net(tokens[:, :5], cache)
+        fixed.fix()
+        for place in range(5, 30):
+            if place == 20:  # as after a recording
+                small_net(tokens[:, :1], fixed)
+                fixed.rewind(20)
+            expected, found = (small_net(tokens[:, place : place + 1], cache) for cache in (plain, fixed))
+            assert torch.allclose(found, expected, atol=1e-4)
+        assert fixed.length == plain.length == 30
+        shapes = {tuple(tensor.shape) for tensor in fixed.append(0, *torch.zeros(2, 3, 4, 1, 8))}
+        assert shapes == {(3, 4, 32, 8)}

@@ -18,6 +18,7 @@ ALLOWED = {
     "data": {"data", "tokenizer"},
     "generation": {"generation", "model", "tokenizer"},
     "interop": {"interop", "model", "training"},
+    "bench": {"bench", "data", "generation", "model", "tokenizer", "training"},
     "evaluation": {"evaluation", "generation", "model", "tokenizer"},
     "training": {"training", "generation", "model", "tokenizer"},
     "callbacks": {"callbacks", "training", "generation", "model", "tokenizer"},
@@ -27,8 +28,11 @@ ENTRIES = {
     "generate",
     "evaluate",
     "export",
+    "prepare",
     "verify_resume",
+    "benchmark",
     "cli",
+    "help",
     "record",
     "report",
     "resume",
@@ -97,6 +101,11 @@ def test_files_can_be_read_in_one_sitting():
         "src/training/module.py",  # one LightningModule
         "src/verify_resume.py",  # a run, its double, its interruptions, and the comparison
         "src/data/datamodule.py",  # the whole path of one batch
+        "src/data/prepare.py",  # from files to shards, and whether a folder may be gone on with
+        "src/data/shard_writer.py",  # one writer, and all that a kill may leave behind
+        "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
+        "src/benchmark.py",  # three measurements, from the processes to the table
+        "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
         "src/training/sealed.py",  # writing, sealing, reading and distrusting one file
     }
 

@@ -6,9 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from src.model.attention import attend_on_cpu
 from src.model.cache import KVCache
 from src.model.config import GPTConfig
+from src.model.dropout import dropout
 from src.model.gpt import GPT
+from src.model.linear import Linear
 
 GPT2 = {"context_length": 1024, "qkv_bias": True, "tie_weights": True}
 SIZES = {"small": (768, 12, 12), "medium": (1024, 16, 24), "large": (1280, 20, 36), "xl": (1600, 25, 48)}
@@ -153,12 +156,13 @@ def test_each_place_of_dropout_counts(tiny):
         assert not torch.allclose(net(tokens), exact), place
 
 
-def test_activations_computed_again_are_the_same_bits(tiny):
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_activations_computed_again_are_the_same_bits(tiny, drop_rate):
     """Dropout included, with less kept from the forward to the backward pass."""
     tokens = torch.randint(tiny.vocab_size, (3, 16), generator=torch.Generator().manual_seed(1))
     found = []
     for again in False, True:
-        net, kept = build(tiny, drop_rate=0.3, n_layers=4), []
+        net, kept = build(tiny, drop_rate=drop_rate, n_layers=4), []
         net.checkpoint_activations = again
         keep = torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x)
         torch.manual_seed(5)
@@ -194,3 +198,80 @@ def test_all_impossible_numbers_at_once():
     with pytest.raises(ValueError) as error:
         GPTConfig(vocab_size=0, n_layers=-1, drop_rate=2, init="?")
     assert len(str(error.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype, drop_rate):
+    torch.manual_seed(0)
+    x = torch.full((1001, 999), 3.0, dtype=dtype)  # an odd number of elements
+    out = dropout(x, drop_rate, training=True)
+    assert out.dtype == dtype and out.shape == x.shape
+    dropped = (out == 0).double().mean().item()
+    assert abs(dropped - drop_rate) < 5 * math.sqrt(drop_rate * (1 - drop_rate) / x.numel()) + 1e-12
+    kept = out[out != 0]
+    assert torch.equal(kept, torch.full_like(kept, 3.0) * torch.tensor(1 / (1 - drop_rate), dtype=dtype))
+    columns, rows = (out == 0).double().mean(0), (out == 0).double().mean(1)  # no place is favoured
+    assert max((columns - drop_rate).abs().max(), (rows - drop_rate).abs().max()) < 0.1
+    assert torch.equal(dropout(x, drop_rate, training=False), x)
+
+
+def test_dropout_follows_the_seed_and_its_neighbours_are_independent():
+    x = torch.ones(512, 512, dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, 0.5, True), first)
+    assert abs(((first == 0) == (second == 0)).double().mean().item() - 0.5) < 0.01
+    flat = (first == 0).flatten()
+    for lag in (1, 2, 3, 4, 512):  # four elements come from one random number
+        assert abs((flat[lag:] == flat[:-lag]).double().mean().item() - 0.5) < 0.01
+
+
+def test_gradient_of_dropout_is_its_mask():
+    x = torch.randn(64, 64, requires_grad=True)
+    out = dropout(x, 0.3, True)
+    out.sum().backward()
+    assert torch.equal(x.grad == 0, out == 0)
+    assert torch.allclose(x.grad[x.grad != 0], torch.tensor(1 / 0.7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_dropout_is_causal_and_right_on_average(dtype):
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(3, 1, 2, 12, 8).to(dtype)
+    exact = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    barely = attend_on_cpu(queries, keys, values, 1e-9)
+    assert torch.allclose(barely, exact, atol=1e-6 if dtype == torch.float32 else 3e-2)
+    many = torch.stack([attend_on_cpu(queries, keys, values, 0.2).float() for _ in range(3000)])
+    assert torch.allclose(many.mean(0), exact.float(), atol=0.07)
+    torch.manual_seed(3)
+    before = attend_on_cpu(queries, keys, values, 0.2)
+    keys[..., 7, :] += 1
+    torch.manual_seed(3)
+    after = attend_on_cpu(queries, keys, values, 0.2)
+    assert torch.equal(before[..., :7, :], after[..., :7, :]) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear_without_gradients_is_nn_linear(bias, rows):
+    torch.manual_seed(0)
+    layer = Linear(33, 17, bias=bias)
+    x = torch.randn(2, rows, 33)
+    with torch.no_grad():
+        found = layer(x)
+        assert torch.allclose(found, F.linear(x, layer.weight, layer.bias), atol=1e-5)
+        layer.weight[0] += 1  # nothing is remembered of the weights
+        assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
+
+
+def test_packed_model_computes_the_same(tiny):
+    torch.manual_seed(0)
+    net = GPT(tiny).eval().bfloat16()
+    tokens = torch.randint(0, tiny.vocab_size, (2, 9))
+    with torch.no_grad():
+        before = net(tokens)
+        net.pack()
+        assert all(module.packed is not None for module in net.modules() if isinstance(module, Linear))
+        assert torch.allclose(net(tokens), before, atol=2e-2)

@@ -32,6 +32,7 @@ SETTINGS = {  # 12 batches an epoch of 4 windows, 2 epochs
     "part of an epoch": ("trainer.limit_train_batches=5",),
     "workers": ("data.num_workers=2",),
     "bf16": ("trainer.precision=bf16-mixed",),
+    "muon": ("optimizer=muon", "schedule=warmup_stable_decay"),
 }
 
 
@@ -42,7 +43,7 @@ def interrupt(number: int = signal.SIGTERM):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_interrupted_at_any_step(tiny_run, at_batch, setting, trials):
     """Dropout, shuffling, evaluation, samples and both loggers on."""
-    if not trials.full and setting not in ("plain", "uneven accumulation", "bounded by steps", "workers"):
+    if not trials.full and setting not in ("plain", "uneven accumulation", "bounded by steps", "workers", "muon"):
         pytest.skip("all of them with --full")
     common = (*WATCHED, "trainer.max_epochs=2", "data.batch_size=4", "eval.every_steps=4", *SETTINGS[setting])
     whole = tiny_run(*common)
@@ -89,7 +90,7 @@ def test_a_second_signal_does_no_harm(tiny_run, at_batch, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("place", ["src.data.datamodule.split_tokens", "src.training.sealed.torch.load",
+@pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.training.sealed.torch.load",
                                    "src.callbacks.text_samples.generate"])  # fmt: skip
 def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, monkeypatch, place):
     common = (*WATCHED, "data.batch_size=4")
@@ -260,7 +261,7 @@ def cut(tiny_run, at_batch, tmp_path, tmp_path_factory):
     "change",
     ["model.n_layers=3", "model.emb_dim=48", "model.tie_weights=true", "data.batch_size=2", "data.stride=8", "seed=7",
      "data.train_ratio=0.8", "data.shuffle=false", "data.special_tokens=text", "model.context_length=32",
-     "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3"],
+     "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3", "optimizer=muon"],
 )  # fmt: skip
 def test_what_would_be_meaningless_is_refused_with_the_difference(tiny_run, cut, change):
     before = (cut / "run.json").read_text(), (cut / "metrics.csv").read_text()
@@ -295,6 +296,19 @@ def test_harmless_changes_pass(tiny_run, cut, changes):
     assert run.record["status"] == "completed"
     assert run.record["optimizer_steps"] == 12
     assert run.record["resumed_at"] == [6]
+
+
+def test_numbers_of_both_optimizers_may_change(tiny_run, at_batch, tmp_path):
+    at_batch(5, interrupt())
+    common = ("callbacks=none", "data.batch_size=4", "optimizer=muon", "schedule=constant")
+    with pytest.raises(Interrupted):
+        tiny_run(*common, folder=tmp_path / "run")
+    new = ("optimizer.learning_rate=1e-5", "optimizer.momentum=0.8", "optimizer.eps=1e-7", "optimizer.weight_decay=0.3")
+    groups = tiny_run(*common, *new, resume=tmp_path / "run").trainer.optimizers[0].param_groups
+    assert [group["lr"] for group in groups] == [1e-5] * 3
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3, 0.0]
+    assert [group.get("momentum") for group in groups] == [0.8, None, None]
+    assert [group["eps"] for group in groups[1:]] == [1e-7, 1e-7]
 
 
 def test_extending_a_run_asks_what_becomes_of_the_learning_rate(tiny_run, cut):

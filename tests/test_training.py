@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import encode
+from src.training.checkpoint import read_checkpoint
 from src.training.module import PretrainingModule
 from src.training.optim import planned_steps
 
@@ -307,3 +309,27 @@ def test_a_run_without_a_step_is_an_error(tiny_run):
     ckpt = run.folder / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match="there is nothing left to do"):
         tiny_run(*FAST, "trainer.max_steps=2", f"ckpt_path={ckpt}")
+
+
+def test_tokens_per_step_sets_the_accumulation(tiny_run):
+    by_tokens = tiny_run("tokens_per_step=96", *FAST, "trainer.enable_checkpointing=true")  # 2 windows of 16, 3 times
+    by_batches = tiny_run("trainer.accumulate_grad_batches=3", *FAST)
+    assert column(by_tokens, "train/loss") == column(by_batches, "train/loss")
+    assert by_tokens.record["config"]["trainer"]["accumulate_grad_batches"] == 3
+    assert column(by_tokens, "tokens_seen")[:2] == [96, 192]
+    last = by_tokens.folder / "checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match=r"tokens_per_step=80 is no multiple of the 32 tokens .*: tokens_per_step=64"):
+        tiny_run(f"weights={last}", "tokens_per_step=80")
+    shorter = tiny_run(f"weights={last}", "data.context_length=8", "tokens_per_step=80", model=())
+    assert shorter.record["config"]["trainer"]["accumulate_grad_batches"] == 5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_training_is_the_same_but_for_rounding_and_leaves_no_trace_in_checkpoints(tiny_run):
+    eager, compiled = (
+        tiny_run("model.drop_rate=0", "trainer.max_steps=4", f"compile={on}") for on in ("false", "true")
+    )
+    assert compiled.module.net.compiled and not eager.module.net.compiled
+    assert column(compiled, "train/loss") == pytest.approx(column(eager, "train/loss"), abs=1e-4)
+    keys = [read_checkpoint(run.folder / "checkpoints/last.ckpt")["state_dict"].keys() for run in (eager, compiled)]
+    assert keys[0] == keys[1]

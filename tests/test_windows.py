@@ -1,3 +1,5 @@
+import itertools
+import math
 import tracemalloc
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.data.windows import SeededSampler, SlidingWindowDataset
+from src.data.windows import BLOCK, ROUNDS, SeededSampler, SlidingWindowDataset, permuted
 
 
 @given(st.integers(0, 60), st.integers(1, 12), st.integers(1, 15))
@@ -60,6 +62,57 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
     assert sorted(order(1, 2)) == list(range(50))
     assert list(SeededSampler(5, False, 1)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 18, 99, 1000, BLOCK, BLOCK + 1, 2**20 + 1])
+def test_order_is_a_permutation(length):
+    sampler = SeededSampler(length, True, 5)
+    order = list(sampler)
+    assert sorted(order) == list(range(length))
+    sampler.set_epoch(1)
+    again = list(sampler)
+    assert sorted(again) == list(range(length))
+    assert length < 18 or sum(a == b for a, b in zip(order, again, strict=True)) < 9
+    sampler.resume_at(1, length // 3)
+    assert list(sampler) == again[length // 3 :]
+
+
+@given(st.integers(1, 2**62), st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS), st.data())
+def test_places_of_any_length_keep_apart(length, keys, data):
+    places = data.draw(st.sets(st.integers(0, length - 1), min_size=min(length, 9), max_size=50))
+    found = permuted(np.array(sorted(places), dtype=np.uint64), length, np.array(keys, dtype=np.uint64))
+    assert len(set(found.tolist())) == len(places)
+    assert found.max() < length
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_every_order_is_equally_likely(length):
+    """Chi-square over all permutations; 5 standard deviations, drawn from fixed seeds."""
+    trials = 100 * math.factorial(length)
+    counts = dict.fromkeys(itertools.permutations(range(length)), 0)
+    for epoch in range(trials):
+        sampler = SeededSampler(length, True, 11)
+        sampler.set_epoch(epoch)
+        counts[tuple(sampler)] += 1
+    freedom = len(counts) - 1
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_order_is_even_and_without_pattern():
+    """Where the windows of each hundredth of a million go, and what follows upon what."""
+    order = np.array(list(SeededSampler(10**6, True, 3)))
+    boxes = np.histogram2d(np.arange(10**6), order, bins=100)[0]
+    assert abs(((boxes - 100) ** 2 / 100).sum() - 99**2) < 5 * math.sqrt(2) * 99
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5e-3
+    assert (np.abs(np.diff(order)) == 1).sum() < 15
+
+
+def test_an_order_of_any_length_begins_anywhere_at_once():
+    sampler = SeededSampler(10**15, True, 1)
+    sampler.resume_at(0, 9 * 10**14)
+    first = next(iter(sampler))
+    assert 0 <= first < 10**15
+    assert next(iter(SeededSampler(10**15, True, 1))) != first
 
 
 def test_resumed_order_goes_on_where_it_stopped():

@@ -1,15 +1,22 @@
-"""How fast a run trains."""
+"""How fast a run trains, and how much of the device that takes."""
 
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from src.model.flops import flops_per_token, peak_flops
+from src.training.device import matrix_rate
 
 
 class Throughput(Callback):
-    """Logs ``perf/tokens_per_second``: tokens trained on per second of training since the last log.
+    """Logs ``perf/tokens_per_second``, tokens trained on per second of training since the last log, and ``perf/mfu``,
+    the share of the devices' arithmetic that the model's own takes (Chowdhery et al. 2022, appendix B).
 
-    Evaluation, text samples and the writing of checkpoints stop the clock until the next batch.
+    That is their published peak in bfloat16, or, of a CPU, the rate of a matrix product measured once; none is logged
+    for other devices or precisions. Evaluation, text samples and the writing of checkpoints stop the clock until the
+    next batch; the device is never waited for.
     """
 
     def __init__(self) -> None:
@@ -19,6 +26,8 @@ class Throughput(Callback):
         self._logged = (0.0, 0)  # seconds and tokens at the last log
         self._tokens_before = 0
         self._step = 0
+        self._flops_per_token = 0
+        self._peak: float | None = None  # of all devices
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -36,6 +45,9 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens_before = pl_module.tokens_seen
         self._step = trainer.global_step
+        self._flops_per_token = flops_per_token(pl_module.net.config, trainer.datamodule.config.context_length)
+        peak = _peak(pl_module.device, str(trainer.precision))
+        self._peak = peak and peak * trainer.world_size
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._running_since is None:
@@ -63,5 +75,15 @@ class Throughput(Callback):
         self.tokens = pl_module.tokens_seen - self._tokens_before
         seconds, tokens = self._logged
         if self.seconds > seconds:
-            self.log("perf/tokens_per_second", (self.tokens - tokens) / (self.seconds - seconds))
+            rate = (self.tokens - tokens) / (self.seconds - seconds)
+            self.log("perf/tokens_per_second", rate)
+            if self._peak:
+                self.log("perf/mfu", rate * self._flops_per_token / self._peak)
         self._logged = (self.seconds, self.tokens)
+
+
+def _peak(device: torch.device, precision: str) -> float | None:
+    bf16 = precision.startswith("bf16")
+    if device.type == "cpu":
+        return matrix_rate("cpu", torch.bfloat16 if bf16 else torch.float32)
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and bf16 else None

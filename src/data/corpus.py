@@ -6,7 +6,8 @@ Text is never held as a whole: it is read, checked and hashed block by block, so
 import codecs
 import glob
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def read_corpus(
     if path is None and url is not None:
         files = [fetch([url, *(mirrors or [])], sha256, size)]
     else:
-        files = [STORY] if path is None else _find_files(path)
+        files = [STORY] if path is None else find_files(path, "data.path", (".txt",))
     source = path or url or "the packaged story"
     characters, digests, blank = [], [], True
     for file in files:
@@ -90,24 +91,34 @@ def read_corpus(
 
 def _decoded(file: Path, digest=None) -> Iterator[str]:
     """The text of ``file`` in blocks, without a byte-order mark; ``digest`` sees its bytes."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with file.open("rb") as stream:
-            while True:
-                block = stream.read(BLOCK)
-                if digest is not None:
-                    digest.update(block)
-                pending = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    raise ValueError(_not_utf8(file, offset - pending + error.start)) from None
-                yield text.removeprefix("\ufeff") if offset == 0 else text
-                offset += len(block)
-                if not block:
-                    return
+            blocks = iter(lambda: stream.read(BLOCK), b"")
+            if digest is not None:
+                blocks = (digest.update(block) or block for block in blocks)
+            yield from decoded(blocks)
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(file, error.start)) from None
     except OSError as error:
         raise ValueError(f"data.path: cannot read {file} ({error.strerror}): data.path=<a readable file>") from None
+
+
+def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 text that comes in ``blocks``, without a byte-order mark.
+
+    Raises:
+        UnicodeDecodeError: whose ``start`` counts from the first block.
+    """
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    for block in itertools.chain(blocks, [b""]):
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            error.start += offset - pending
+            raise
+        yield text.removeprefix("\ufeff") if offset == 0 else text
+        offset += len(block)
 
 
 def _not_utf8(file: Path, byte: int) -> str:
@@ -122,21 +133,27 @@ def _not_utf8(file: Path, byte: int) -> str:
     )
 
 
-def _find_files(path: str) -> list[Path]:
+def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
+    """The file, or the files that a glob pattern names, or those in a folder with one of ``endings``, in order.
+
+    Raises:
+        ValueError: none; ``key`` is the override to blame.
+    """
     place = Path(path).expanduser()
     try:
         if place.is_dir():
-            files = sorted(file for file in place.rglob("*.txt") if file.is_file())
+            files = sorted(file for file in place.rglob("*") if file.name.endswith(endings) and file.is_file())
             if not files:
-                raise ValueError(f"data.path={path} is a folder without a .txt file: data.path='{path}/**/*.<ending>'")
+                kinds = " or ".join(endings)
+                raise ValueError(f"{key}={path} is a folder without a {kinds} file: {key}='{path}/**/*.<ending>'")
             return files
         if place.exists():
             if not place.is_file():
-                raise ValueError(f"data.path={path} is a device or a pipe: data.path=<a file, folder or glob>")
+                raise ValueError(f"{key}={path} is a device or a pipe: {key}=<a file, folder or glob>")
             return [place]
     except OSError as error:
-        raise ValueError(f"data.path={path} cannot be read ({error.strerror}): data.path=<a readable file>") from None
+        raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {key}=<a readable file>") from None
     files = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file())
     if not files:
-        raise ValueError(f"data.path={path} does not exist (seen from {Path.cwd()}): data.path=<file, folder or glob>")
+        raise ValueError(f"{key}={path} does not exist (seen from {Path.cwd()}): {key}=<file, folder or glob>")
     return files

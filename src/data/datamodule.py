@@ -11,8 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from src.data.config import DataConfig
-from src.data.corpus import read_corpus
-from src.data.tokens import split_tokens
+from src.data.shards import ShardTokens
+from src.data.tokens import read_split
 from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
 
@@ -30,7 +30,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 class TextDataModule(LightningDataModule):
-    """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text.
+    """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text or shards of tokens.
 
     Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows lie ``stride`` apart; those
     of the validation split never overlap, so that each of its tokens counts once. ``eval_batches`` limits both
@@ -38,7 +38,7 @@ class TextDataModule(LightningDataModule):
     them, ``ranks * batch_size`` windows, and this one, ``rank``, has its share.
 
     Raises:
-        ValueError: an impossible setting, or, on ``setup``, a text that cannot be read or is too short.
+        ValueError: an impossible setting, or, on ``setup``, a text or shards that cannot be read or are too short.
     """
 
     def __init__(
@@ -63,16 +63,13 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.config.path is None and self.config.url is not None:
-            self._read()  # one process fetches, the others find it in the cache
+            self.setup()  # one process fetches, the others find it in the cache
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_windows is not None:
             return
-        corpus = self._read()
-        config = self.config
-        train, val = split_tokens(corpus, config.train_ratio, self.tokenizer, config.special_tokens, config.cache_dir)
-        self._check(corpus.source, train, val)
-        self.corpus_sha256 = corpus.sha256
+        train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
+        self._check(train, val)
         context_length = self.config.context_length
         self.train_windows = SlidingWindowDataset(train, context_length, self.config.stride or context_length)
         self.val_windows = SlidingWindowDataset(val, context_length, context_length)
@@ -122,7 +119,8 @@ class TextDataModule(LightningDataModule):
     def fixed_values(self) -> dict[str, Any]:
         """What the order and the meaning of the batches depend on, by the names of the overrides."""
         config = self.config
-        values = {key: getattr(config, key) for key in ("batch_size", "train_ratio", "shuffle", "special_tokens")}
+        keys = ["batch_size", "train_ratio", "shuffle", *(["special_tokens"] if config.format == "text" else [])]
+        values = {key: getattr(config, key) for key in keys}
         values |= {"context_length": config.context_length, "stride": config.stride or config.context_length}
         return {
             **{f"data.{key}": value for key, value in values.items()},
@@ -134,9 +132,8 @@ class TextDataModule(LightningDataModule):
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
         """Where in the training tokens each window of a batch starts."""
         order = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
-        order.set_epoch(epoch)
-        first = batch * self.batch_windows
-        return [self.train_windows.stride * index for index in islice(order, first, first + self.batch_windows)]
+        order.resume_at(epoch, batch * self.batch_windows)
+        return [self.train_windows.stride * index for index in islice(order, self.batch_windows)]
 
     def summary(self) -> dict[str, str]:
         """Windows, batches and tokens of each split, for the start card."""
@@ -149,12 +146,8 @@ class TextDataModule(LightningDataModule):
         lines["train"] += f", each seen {repeats:.2f} times per epoch on average"
         return lines
 
-    def _read(self):
-        config = self.config
-        return read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
-
-    def _check(self, source: str, train: np.ndarray, val: np.ndarray) -> None:
-        context_length = self.config.context_length
+    def _check(self, train: np.ndarray | ShardTokens, val: np.ndarray | ShardTokens) -> None:
+        context_length, source = self.config.context_length, self.config.source
         short = [
             (name, len(part))
             for name, part in (("training", train), ("validation", val))

@@ -15,13 +15,29 @@ import numpy as np
 import tiktoken
 from rich.progress import Progress, TransferSpeedColumn
 
-from src.data.corpus import Corpus
+from src.data.config import DataConfig
+from src.data.corpus import Corpus, read_corpus
 from src.data.download import CACHE_NAME
+from src.data.shards import ShardTokens, read_shards
 from src.tokenizer import encode_pieces, fingerprint
 
 log = logging.getLogger(__name__)
 
 LARGE = 2**25  # characters; below, tokenising takes seconds and is not kept
+
+
+def read_split(
+    config: DataConfig, tokenizer: tiktoken.Encoding, train_ratio: float
+) -> tuple[np.ndarray | ShardTokens, np.ndarray | ShardTokens, str]:
+    """Training and validation tokens of what ``config`` names, and a hash of it; a ``train_ratio`` of 1: all train.
+
+    Raises:
+        ValueError: text or shards that cannot be read; a cache that cannot be written to.
+    """
+    if config.format == "shards":
+        return read_shards(config.path, train_ratio, tokenizer)
+    corpus = read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
+    return *split_tokens(corpus, train_ratio, tokenizer, config.special_tokens, config.cache_dir), corpus.sha256
 
 
 def split_tokens(

@@ -1,5 +1,6 @@
 """Sliding windows over a flat array of tokens, and the order in which they are trained on."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+ROUNDS = 16  # of the Feistel network; even, so that it ends in the grid it began in
+BLOCK = 2**14  # indices computed at a time
 NOT_COUNTED = -100  # as a target: cross-entropy leaves it out
 
 
@@ -17,11 +20,11 @@ class SlidingWindowDataset(Dataset):
     Window ``i`` is the slice ``tokens[i * stride : i * stride + context_length + 1]``, given as a pair of inputs and
     targets one step apart, each ``(context_length,)`` int64. Nothing is copied before a window is asked for, so the
     windows take no memory beyond the tokens, whatever the stride. ``tokens`` is any one-dimensional array of integers,
-    a memory map included.
+    a memory map included, or whatever else has a length and gives arrays as slices, as shards do.
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
-        self.tokens = np.asarray(tokens)
+        self.tokens = tokens
         self.context_length = context_length
         self.stride = stride
 
@@ -61,13 +64,47 @@ class SeededSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        order = range(self.length)
-        if self.shuffle:
-            state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0]))
-            order = torch.randperm(self.length, generator=generator)  # 8 bytes a window; a list would take 36
         epoch, given_out = self._resumed
-        return map(int, order[given_out if self.epoch == epoch else 0 :])
+        first = given_out if self.epoch == epoch else 0
+        if not self.shuffle:
+            return iter(range(first, self.length))
+        keys = np.random.SeedSequence([self.seed, self.epoch]).generate_state(ROUNDS, np.uint64)
+        return shuffled(self.length, keys, first)
+
+
+def shuffled(length: int, keys: np.ndarray, first: int = 0) -> Iterator[int]:
+    """The numbers ``0 .. length - 1`` in an order that depends on ``keys`` ``(ROUNDS,)`` uint64, from place ``first``
+    on; neither where it starts nor the length costs anything beforehand."""
+    for start in range(first, length, BLOCK):
+        places = np.arange(start, min(start + BLOCK, length), dtype=np.uint64)
+        yield from permuted(places, length, keys).tolist()
+
+
+def permuted(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+    """What stands at ``places``, uint64 below ``length``, in a permutation of ``range(length)`` chosen by ``keys``.
+
+    A Feistel network over a grid of just over ``length`` cells, passed again by what left ``range(length)`` (Black and
+    Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 4 and 5).
+    """
+    columns = math.isqrt(max(length - 1, 0)) + 1
+    rows = -(-length // columns)
+    found = places.copy()
+    outside = np.ones(len(places), dtype=bool)
+    while outside.any():
+        left, right = found[outside] % np.uint64(columns), found[outside] // np.uint64(columns)
+        for number, key in enumerate(keys):
+            modulus = np.uint64(rows if number % 2 else columns)
+            left, right = right, (left + _scrambled(right ^ key) % modulus) % modulus
+        found[outside] = right * np.uint64(columns) + left
+        outside = found >= length
+    return found
+
+
+def _scrambled(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's mixing of 64 bits (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators")."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 class RankSampler(Sampler[int]):

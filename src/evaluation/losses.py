@@ -133,6 +133,14 @@ def _worst(
 def unigram_loss(tokens: np.ndarray, fitted_on: np.ndarray, vocab_size: int) -> float:
     """Loss in nats per token of all of ``tokens`` but the first under the frequencies in ``fitted_on``, with one
     added to each of the ``vocab_size`` counts (Laplace)."""
-    counts = np.bincount(fitted_on, minlength=vocab_size) + 1.0
-    targets = np.bincount(tokens[1:], minlength=vocab_size)
+    counts = _counts(fitted_on, 0, vocab_size) + 1.0
+    targets = _counts(tokens, 1, vocab_size)
     return float(-(targets * np.log(counts / counts.sum())).sum() / targets.sum())
+
+
+def _counts(tokens: np.ndarray, first: int, vocab_size: int) -> np.ndarray:
+    """How often each id occurs from ``first`` on; block by block, for tokens may be more than fit in memory."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(first, len(tokens), 2**20):
+        counts += np.bincount(tokens[start : min(start + 2**20, len(tokens))], minlength=vocab_size)
+    return counts

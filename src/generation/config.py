@@ -46,13 +46,15 @@ class Sampling:
 @dataclass(frozen=True)
 class GenerationConfig(Sampling):
     """:class:`Sampling`, and how many tokens, samples and beams. ``num_beams`` above 1 searches instead of drawing, and
-    then ``num_samples`` are the best hypotheses by sum of log-probabilities / length ** ``length_penalty``."""
+    then ``num_samples`` are the best hypotheses by sum of log-probabilities / length ** ``length_penalty``.
+    ``cuda_graph`` records the step of decoding on a GPU."""
 
     max_new_tokens: int = 50
     num_samples: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
     seed: int = 123
+    cuda_graph: bool = False
 
     def problems(self) -> list[str]:
         found = super().problems()

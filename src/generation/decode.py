@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from src.generation.config import Sampling
+from src.generation.graph import StepGraph
 from src.generation.sampling import next_token
 from src.model.cache import KVCache
 from src.model.gpt import GPT
@@ -20,10 +21,17 @@ class Context:
     GPT-2's positions are absolute, a window that has moved is read anew; before that no token is read twice.
 
     ``padding`` ``(B,)`` counts the tokens at the beginning of each row that do not belong to it; ``vocab_size`` those
-    that may come next, where the model's vocabulary is padded.
+    that may come next, where the model's vocabulary is padded. ``cuda_graph`` records the reading of a token on a GPU.
     """
 
-    def __init__(self, net: GPT, tokens: Tensor, padding: Tensor | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        net: GPT,
+        tokens: Tensor,
+        padding: Tensor | None = None,
+        vocab_size: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
         if tokens.shape[1] == 0 or (padding is not None and padding.max() >= tokens.shape[1]):
             raise ValueError("an empty prompt has no next token: start from the end-of-text token, 50256")
         self.net = net
@@ -34,6 +42,8 @@ class Context:
         self.tokens = tokens
         self._padding = padding
         self._unread = tokens
+        self._recording = cuda_graph and tokens.is_cuda and padding is None
+        self._graph: StepGraph | None = None
         weight = net.tok_emb.weight
         self._cache = KVCache(net.config, len(tokens), weight.device, weight.dtype, padding)
 
@@ -42,10 +52,15 @@ class Context:
         window = self.net.config.context_length
         if self._cache.length + self._unread.shape[1] > window:
             left = max(self.tokens.shape[1] - window, 0)
-            self._cache.length, self._unread = 0, self.tokens[:, left:]
+            self._cache.rewind(0)
+            self._unread = self.tokens[:, left:]
             if self._padding is not None:
                 self._cache.padding = (self._padding - left).clamp(min=0)
-        last = self.net.hidden_states(self._unread, self._cache)[:, -1]  # (B, C)
+        if self._recording and self._unread.shape[1] == 1:
+            self._graph = self._graph or StepGraph(self.net, self._cache, self._unread)
+            last = self._graph(self._unread)[:, -1]  # (B, C)
+        else:
+            last = self.net.hidden_states(self._unread, self._cache)[:, -1]  # (B, C)
         logits = self.net.head(last).float()  # (B, V)
         logits[:, self.vocab_size :] = float("-inf")
         return logits
@@ -58,6 +73,8 @@ class Context:
     def select(self, rows: Tensor) -> None:
         """Go on with ``rows`` ``(N,)``, which share what was read."""
         self._cache.select(rows)
+        if len(rows) != len(self.tokens):  # other tensors than those that were recorded
+            self._graph = None
         self.tokens = self.tokens[rows]
         if self._padding is not None:
             self._padding = self._padding[rows]
@@ -73,14 +90,15 @@ class Step(NamedTuple):
 @contextmanager
 def evaluating(net: GPT) -> Iterator[None]:
     """Without dropout and gradients; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    training = [module for module in net.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():  # not inference_mode, whose tensors could not be trained on
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def decode(
@@ -95,18 +113,19 @@ def decode(
     vocab_size: int | None = None,
     end_token: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
+    cuda_graph: bool = False,
 ) -> Iterator[Step]:
     """Continue each of ``tokens`` ``(P, T)`` ``num_samples`` times, a :class:`Step` of all B = P * num_samples rows
     at a time.
 
     A row ends with ``end_token``, or once ``stop`` of what it has got so far, ``(B, N)``, is true ``(B,)``; behind that
     it holds ``end_token`` (or 0). The prompts are read once, whatever ``num_samples``. See :class:`Context` for
-    ``padding`` and ``vocab_size``.
+    ``padding``, ``vocab_size`` and ``cuda_graph``.
 
     Raises:
         ValueError: an empty prompt, for which there is no next token.
     """
-    context = Context(net, tokens, padding, vocab_size)
+    context = Context(net, tokens, padding, vocab_size, cuda_graph)
     ended = torch.zeros(len(tokens) * num_samples, dtype=torch.bool, device=tokens.device)
     for step in range(max_new_tokens):
         with evaluating(net):

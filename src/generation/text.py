@@ -110,7 +110,7 @@ def continue_texts(
                 found.append([_continuation(h.tokens.tolist(), stop, tokenizer, h.score) for h in best])
             continue
         steps, stream = [], TextStream(stop, tokenizer)
-        options["num_samples"] = config.num_samples
+        options |= {"num_samples": config.num_samples, "cuda_graph": config.cuda_graph}
         for step in decode(net, tokens, config.max_new_tokens, config, generator, **options):
             steps.append(step.tokens.cpu())
             if on_step:

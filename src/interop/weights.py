@@ -58,9 +58,14 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
         raise refuse("; ".join(reasons)) from None  # numbers that no model can have
 
 
-def load_weights(weights: str | Path, device: torch.device | str = "cpu", key: str = "weights") -> GPT:
+def load_weights(
+    weights: str | Path,
+    device: torch.device | str = "cpu",
+    key: str = "weights",
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
     """The model that ``weights`` names, in evaluation mode. See :func:`read_weights`."""
-    return build(*read_weights(weights, key)).to(device).eval()
+    return build(*read_weights(weights, key)).to(device, dtype).eval()
 
 
 def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:

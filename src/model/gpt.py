@@ -1,6 +1,8 @@
 """GPT-2 (Radford et al. 2019): tokens in, logits out."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from src.model.block import Block
 from src.model.cache import KVCache
 from src.model.config import GPTConfig
+from src.model.dropout import Dropout
+from src.model.linear import Linear
 
 
 class GPT(nn.Module):
@@ -21,18 +25,21 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # in training: compute them again instead of keeping them
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only: the one draw of random numbers is init_weights
-            self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-            self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-            self.dropout = nn.Dropout(config.drop_rate)
+            # nn.Embedding would draw, and a normal draw on this device imports PyTorch's compiler: a second
+            embeddings = (torch.empty(rows, config.emb_dim) for rows in (config.vocab_size, config.context_length))
+            self.tok_emb, self.pos_emb = (nn.Embedding.from_pretrained(weight, freeze=False) for weight in embeddings)
+            self.dropout = Dropout(config.drop_rate)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.final_norm = nn.LayerNorm(config.emb_dim)
-            self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+            self.head = Linear(config.emb_dim, config.vocab_size, bias=False)
         self.to_empty(device=device)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
-        self.init_weights()
+        if device.type != "meta":  # whose weights come later
+            self.init_weights()
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits ``(B, T, vocab_size)`` of the token after each of ``tokens`` ``(B, T)``, int64.
@@ -53,7 +60,12 @@ class GPT(nn.Module):
                 f"{start + T} tokens do not fit model.context_length={self.config.context_length}: "
                 f"shorten the input or use a model with model.context_length={start + T}"
             )
-        device = tokens.device
+        if self._compiled is not None and torch.is_grad_enabled() and cache is None:
+            return self._compiled(tokens)
+        return self._hidden_states(tokens, cache)
+
+    def _hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        T, device = tokens.shape[1], tokens.device
         positions = torch.arange(T, device=device) if cache is None else cache.positions(T, device)  # (T,) or (B, T)
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
@@ -64,6 +76,21 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.final_norm(x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass of training, in place and by ``torch.compile``: names of parameters stay. Evaluation
+        and decoding, whose shapes change, are not compiled."""
+        self._compiled = torch.compile(self._hidden_states, *args, **kwargs)
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled is not None
+
+    def pack(self) -> None:
+        """Put the weights into the order that decoding on a CPU reads fastest; the model can then only decode."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     @torch.no_grad()
     def init_weights(self) -> None:

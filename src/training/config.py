@@ -16,6 +16,8 @@ class RunConfig:
     ckpt_path: str | None = None
     weights: str | None = None
     finite_guard: str = "stop"
+    tokens_per_step: int | None = None
+    compile: bool = False
     activation_checkpointing: bool = False
     dry_run: bool = False
 
@@ -23,6 +25,8 @@ class RunConfig:
         found = []
         if self.seed < 0:
             found.append(f"seed={self.seed} cannot be negative: seed=123")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            found.append(f"tokens_per_step={self.tokens_per_step} must be at least 1: tokens_per_step=524288")
         if self.finite_guard not in ("stop", "rollback"):
             found.append(f"finite_guard={self.finite_guard} is neither stop nor rollback: finite_guard=stop")
         for key in ("ckpt_path", "weights"):
@@ -36,18 +40,25 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019). ``decay`` chooses what ``weight_decay`` pulls towards zero: ``matrices``
-    (neither biases nor layer norms) or ``all``. ``fused=None`` picks the fused kernel where the device has one."""
+    """``adamw`` (Loshchilov & Hutter 2019), or ``muon`` (Jordan et al. 2024) with ``momentum`` for the matrices of the
+    blocks and AdamW for everything else. ``decay`` chooses what ``weight_decay`` pulls towards zero: ``matrices``
+    (neither biases nor layer norms) or ``all``. ``fused=None`` picks AdamW's fused kernel where the device has one."""
 
+    name: str = "adamw"
     learning_rate: float = 6e-4
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     decay: str = "matrices"
     fused: bool | None = None
+    momentum: float = 0.95
 
     def __post_init__(self) -> None:
         found = []
+        if self.name not in ("adamw", "muon"):
+            found.append(f"optimizer.name={self.name} does not exist: optimizer=adamw or optimizer=muon")
+        if not 0 <= self.momentum < 1:
+            found.append(f"optimizer.momentum={self.momentum} must lie in [0, 1): optimizer.momentum=0.95")
         if not 0 < self.learning_rate < float("inf"):
             found.append(f"optimizer.learning_rate={self.learning_rate} must be above 0: optimizer.learning_rate=6e-4")
         if not 0 <= self.weight_decay < float("inf"):
@@ -65,12 +76,16 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ScheduleConfig:
     """``warmup_cosine``: linear from ``initial_lr`` to the optimizer's learning rate, then a half cosine to ``min_lr``
-    (Loshchilov & Hutter 2017). ``warmup_steps`` below 1 is a share of the run, ``min_lr=None`` a tenth of the peak.
+    (Loshchilov & Hutter 2017). ``warmup_stable_decay``: the same warmup, then the peak, and over the last
+    ``decay_steps`` down to ``min_lr`` (Hu et al. 2024, section 4): ``linear``, or ``sqrt``, by 1 - sqrt(share of the
+    decay) (Hägele et al. 2024). Steps below 1 are a share of the run, ``min_lr=None`` is a tenth of the peak.
     ``on_resume`` says what becomes of the curve of a run that is extended: ``keep`` it (and stay at its end) or
     ``stretch`` it over the new length. ``constant`` has no further numbers."""
 
     name: str = "constant"
     warmup_steps: float = 0.2
+    decay_steps: float = 0.2
+    decay: str = "linear"
     initial_lr: float = 0.0
     min_lr: float | None = None
     on_resume: str | None = None
@@ -79,13 +94,21 @@ class ScheduleConfig:
         found = []
         if self.on_resume not in (None, "keep", "stretch"):
             found.append(f"schedule.on_resume={self.on_resume} is neither keep nor stretch: schedule.on_resume=stretch")
-        if self.name not in ("warmup_cosine", "constant"):
-            found.append(f"schedule.name={self.name} does not exist: schedule=warmup_cosine or schedule=constant")
-        if self.warmup_steps < 0 or (self.warmup_steps > 1 and self.warmup_steps % 1):
+        if self.name not in ("warmup_cosine", "warmup_stable_decay", "constant"):
             found.append(
-                f"schedule.warmup_steps={self.warmup_steps} is neither a number of steps nor a share below 1: "
-                f"schedule.warmup_steps=0.2"
+                f"schedule.name={self.name} does not exist: schedule=warmup_cosine, schedule=warmup_stable_decay or "
+                f"schedule=constant"
             )
+        for key in ("warmup_steps", "decay_steps"):
+            if (value := getattr(self, key)) < 0 or (value > 1 and value % 1):
+                found.append(
+                    f"schedule.{key}={value} is neither a number of steps nor a share below 1: schedule.{key}=0.2"
+                )
+        shares = max(self.warmup_steps, self.decay_steps) < 1
+        if shares and (problem := self.problem_of_length(1_000_000, "the run")):
+            found.append(problem)
+        if self.decay not in ("linear", "sqrt"):
+            found.append(f"schedule.decay={self.decay} is neither linear nor sqrt: schedule.decay=linear")
         for key in ("initial_lr", "min_lr"):
             if (getattr(self, key) or 0) < 0:
                 found.append(f"schedule.{key}={getattr(self, key)} cannot be negative: schedule.{key}=0")
@@ -94,8 +117,23 @@ class ScheduleConfig:
 
     def resolved_warmup(self, total_steps: int) -> int:
         """Warmup steps of a run of ``total_steps``."""
-        share = self.warmup_steps < 1
-        return int(self.warmup_steps * total_steps) if share else int(self.warmup_steps)
+        return _steps(self.warmup_steps, total_steps)
+
+    def resolved_decay(self, total_steps: int) -> int:
+        """Steps of ``warmup_stable_decay``'s decay in a run of ``total_steps``."""
+        return _steps(self.decay_steps, total_steps)
+
+    def problem_of_length(self, total_steps: int, length: str) -> str | None:
+        """Why the curve does not fit into a run of ``total_steps``, which the user knows as ``length``."""
+        parts = {"constant": (), "warmup_cosine": ("warmup_steps",)}.get(self.name, ("warmup_steps", "decay_steps"))
+        if sum(_steps(getattr(self, key), total_steps) for key in parts) <= total_steps:
+            return None
+        asked = " and ".join(f"schedule.{key}={getattr(self, key):g}" for key in parts)
+        return f"{asked} asks for more steps than {length}: {' '.join(f'schedule.{key}=0.2' for key in parts)}"
+
+
+def _steps(steps_or_share: float, total_steps: int) -> int:
+    return int(steps_or_share * total_steps) if steps_or_share < 1 else int(steps_or_share)
 
 
 @dataclass(frozen=True)

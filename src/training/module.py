@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,17 +17,13 @@ from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
-from src.training.optim import build_adamw, learning_rate_at, parameter_groups
+from src.training.loss import next_token_loss
+from src.training.optim import build_optimizer, learning_rate_at
 from src.training.position import fixed_values, rescale_position, restore_position, write_position
 from src.training.sharded import FullyShardedStrategy, share_out
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
-
-
-def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats per token of ``logits`` ``(B, T, V)`` against ``targets`` ``(B, T)``, in float32."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 class PretrainingModule(LightningModule):
@@ -62,7 +57,7 @@ class PretrainingModule(LightningModule):
         self.steps_made = 0  # by this process
         self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
         self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
-        self._eval_batches: dict[str, list[tuple[Tensor, Tensor]]] = {}  # split -> (sum of losses, tokens) per batch
+        self._eval_sums: dict[str, Tensor] = {}  # split -> sum of losses, number of tokens
         self._step = StepSoFar()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -75,15 +70,15 @@ class PretrainingModule(LightningModule):
         return batches / self.trainer.num_training_batches if batches else 0.0
 
     def configure_model(self) -> None:
-        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is merely loaded
+        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is only loaded
         if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
             share_out(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_adamw(self.net, self.optimizer_config)
+        optimizer = build_optimizer(self.net, self.optimizer_config)
         if self.schedule_steps is None:
             self.schedule_steps = self.trainer.estimated_stepping_batches
-        total, peak, schedule = self.schedule_steps, optimizer.defaults["lr"], self.schedule_config
+        total, peak, schedule = self.schedule_steps, self.optimizer_config.learning_rate, self.schedule_config
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, total, peak, schedule) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -92,11 +87,11 @@ class PretrainingModule(LightningModule):
         restore_position(self.trainer)
         # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        config, peak = self.optimizer_config, self.optimizer_config.learning_rate
-        scheduler.base_lrs = [peak] * len(optimizer.param_groups)
-        for group, fresh in zip(optimizer.param_groups, parameter_groups(self.net, config), strict=True):
-            group |= {"weight_decay": fresh["weight_decay"], "betas": tuple(config.betas), "eps": config.eps}
-            group |= {"initial_lr": peak, "lr": peak * scheduler.lr_lambdas[0](self.global_step)}
+        fresh = build_optimizer(self.net, self.optimizer_config).param_groups
+        scheduler.base_lrs = [group["lr"] for group in fresh]
+        for group, new in zip(optimizer.param_groups, fresh, strict=True):
+            group |= {key: value for key, value in new.items() if key not in ("params", "fused")}  # as its state lies
+            group |= {"initial_lr": new["lr"], "lr": new["lr"] * scheduler.lr_lambdas[0](self.global_step)}
 
     @property
     def _batch(self) -> int:
@@ -112,7 +107,8 @@ class PretrainingModule(LightningModule):
         inputs, targets = batch
         if self._batch in self.skipped_batches:  # None is nothing for Lightning where several processes train
             return None if self.trainer.world_size == 1 else 0 * self.net(torch.zeros_like(inputs)).sum()
-        loss = next_token_loss(self.net(inputs), targets)
+        hidden = self.net.hidden_states(inputs)  # (B, T, C)
+        loss = next_token_loss(hidden, self.net.head.weight, targets, compiled=self.net.compiled)
         self._step.add(self._batch, inputs, loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
         return loss
@@ -141,7 +137,7 @@ class PretrainingModule(LightningModule):
             stop(self.trainer, self._step, norm.item(), optimizer.param_groups[0]["lr"])
         if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("value"):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
+        elif gradient_clip_val and norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         self.steps_made += 1
         if self._step.losses:  # not all skipped
@@ -156,22 +152,26 @@ class PretrainingModule(LightningModule):
         }
         self.log_dict({key: self._exact(value) for key, value in metrics.items()})
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.trainer.optimizers[0].zero_grad()  # now: Lightning would keep the gradients through the next forward pass
+
     def on_validation_epoch_start(self) -> None:
-        self._eval_batches = {}
+        self._eval_sums = {}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets = batch
-        loss = next_token_loss(self.net(inputs), targets, reduction="sum")
-        self._eval_batches.setdefault(EVAL_SPLITS[dataloader_idx], []).append((loss, (targets >= 0).sum()))
+        loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction="sum")
+        # One tensor for all batches: a small one that lies between large buffers keeps their memory from being reused.
+        sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact([0.0, 0.0]))
+        sums += torch.stack([loss, (targets >= 0).sum()])
 
     def eval_losses(self) -> dict[str, Tensor]:
         """Loss in nats per token of each split of the current evaluation: sum of losses over number of tokens."""
         losses = {}
-        for split, batches in self._eval_batches.items():
-            sums, tokens = zip(*batches, strict=True)
-            totals = self._exact([part.cpu().double().sum().item() for part in map(torch.stack, (sums, tokens))])
-            total_loss, total_tokens = self.trainer.strategy.reduce(totals, reduce_op="sum")
-            losses[split] = total_loss / total_tokens
+        for split, sums in self._eval_sums.items():
+            loss, tokens = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+            losses[split] = loss / tokens
         return losses
 
     def on_validation_epoch_end(self) -> None:

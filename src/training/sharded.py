@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from src.model.gpt import GPT
@@ -70,6 +70,7 @@ def share_out(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
     for block in net.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "hidden_states")
 
 
 def whole_net(net: GPT, trainer: Trainer) -> GPT | None:

@@ -1,0 +1,1 @@
+"""What src.benchmark times."""

@@ -1,0 +1,37 @@
+"""Our own generation, timed."""
+
+import time
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from src.bench.rivals import serve
+from src.generation.decode import generate
+from src.model.config import GPTConfig
+from src.model.flops import multiplying_parameters
+from src.model.gpt import GPT
+from src.training.device import synchronise
+
+
+def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:
+    """A rival that answers a number of new tokens and a dtype by the seconds that they take, chosen greedily."""
+    torch.manual_seed(0)
+    nets = {dtype: GPT(config).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
+    for net in nets.values():
+        net.pack()
+
+    def run(new_tokens: int, dtype: torch.dtype) -> float:
+        tokens = prompt.to(device)
+        synchronise(device)
+        started = time.perf_counter()
+        generate(nets[dtype], tokens, new_tokens)
+        synchronise(device)
+        return time.perf_counter() - started
+
+    serve(connection, run)
+
+
+def bytes_per_token(config: GPTConfig, dtype: torch.dtype) -> int:
+    """What has to be read from memory for each new token of one row: all the weights that multiply."""
+    return multiplying_parameters(config) * dtype.itemsize

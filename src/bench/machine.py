@@ -1,0 +1,29 @@
+"""What the machine can do: the rates of its matrix products and of reading its memory."""
+
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from src.bench.rivals import serve
+from src.training.device import matrix_rate, synchronise
+
+READS = 10  # of a buffer far larger than any cache; what one of them reaches, no work does for long
+
+
+def work(connection: Connection, device: str, dtype: torch.dtype) -> None:
+    """A rival that answers ``matrix`` (operations per second in ``dtype``) and ``read`` (bytes per second)."""
+    size = 4096 if device == "cpu" else 8192
+    large = torch.ones(2**28, device=device)
+
+    def rate(what: str) -> float:
+        if what == "matrix":
+            return matrix_rate(device, dtype, size)
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in range(READS):
+            large.sum()
+        synchronise(device)
+        return READS * large.nbytes / (time.perf_counter() - started)
+
+    serve(connection, rate)

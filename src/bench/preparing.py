@@ -1,0 +1,44 @@
+"""Text into tokens: our shards, and what tiktoken does with the same documents in memory."""
+
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from src.bench.rivals import serve
+from src.data.config import PrepareConfig
+from src.data.documents import find_sources, read_documents
+from src.data.prepare import prepare_shards
+from src.tokenizer import gpt2_tokenizer
+
+
+def shards(connection: Connection, source: str, workers: int) -> None:
+    """A rival that prepares ``source``, reading and writing included, in the seconds that it answers."""
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            prepare_shards(
+                PrepareConfig(source=source, output=str(Path(folder, "shards")), val_tokens=0, workers=workers)
+            )
+            return time.perf_counter() - started
+
+    serve(connection, run)
+
+
+def tiktoken(connection: Connection, source: str, workers: int) -> None:
+    """A rival that encodes the documents of ``source``, already in memory, with tiktoken's own threads."""
+    texts = ["".join(pieces) for file in find_sources([source]) for _, pieces in read_documents(file)]
+    tokenizer = gpt2_tokenizer()
+
+    def run() -> float:
+        started = time.perf_counter()
+        tokenizer.encode_ordinary_batch(texts, num_threads=workers)
+        return time.perf_counter() - started
+
+    serve(connection, run)
+
+
+def size(source: str) -> int:
+    """The bytes of the files of ``source``."""
+    return sum(file.stat().st_size for file in find_sources([source]))

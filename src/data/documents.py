@@ -1,0 +1,194 @@
+"""Documents out of files that are read as streams: text, JSON lines and parquet, also packed with gzip or zstandard."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from src.data.corpus import BLOCK, decoded, find_files
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
+NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
+ROWS = 64  # of a parquet file, decoded at a time
+
+Progress = Callable[[float], None]  # takes the number of bytes of the file that were read
+
+
+def find_sources(paths: list[str]) -> list[Path]:
+    """The files at ``paths`` (files, folders or glob patterns), in that order, those of one path by name.
+
+    Raises:
+        ValueError: the problems of all of them: nothing there, empty, of another format, a package that is missing.
+    """
+    files, found = [], []
+    for path in paths:
+        try:
+            files += find_files(path, "source", ENDINGS)
+        except ValueError as error:
+            found.append(str(error))
+    for file in files:
+        if not file.name.endswith(ENDINGS):
+            found.append(f"source: {file} is none of {', '.join(FORMATS)} (.gz, .zst): source=<such files>")
+        elif file.suffix in (".gz", ".zst") and file.stem.endswith(".parquet"):
+            found.append(f"source: {file} is parquet, which packs its own columns: unpack it, then source={file.stem}")
+    if files and not found and not any(file.stat().st_size for file in files):
+        found.append(f"source={','.join(paths)} is empty: source=<files with text>")
+    for ending, package in NEEDS.items():
+        if any(file.suffix == ending for file in files) and importlib.util.find_spec(package) is None:
+            found.append(f'source: {ending} files need {package}: pip install -e ".[data]"')
+    if found:
+        raise ValueError("\n".join(found))
+    return files
+
+
+def read_documents(
+    file: Path, text_key: str = "text", first: int = 0, progress: Progress = lambda size: None
+) -> Iterator[tuple[int, Iterable[str]]]:
+    """The documents of ``file`` from record ``first`` on, each with the number of its record and its text in pieces.
+
+    The whole of a ``.txt`` file is one record; a line of ``.jsonl`` and a row of ``.parquet`` are one each, with the
+    text under ``text_key``. Lines of white space are no documents.
+
+    Raises:
+        ValueError: a file that is damaged, or holds something else; it names the line.
+    """
+    form = Path(file.stem if file.suffix in (".gz", ".zst") else file.name).suffix
+    with _explained(file):
+        if form == ".parquet":
+            yield from _rows(file, text_key, first, progress)
+        elif form == ".jsonl":
+            yield from _json_lines(file, text_key, first, progress)
+        elif first == 0:
+            yield 0, _whole(file, progress)
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise _bad(file, f"is not UTF-8, see byte {error.start:,}", "source=<the file, converted with iconv>") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _bad(file, f"is damaged or incomplete ({error})", "source=<a whole file>") from None
+    except OSError as error:
+        raise _bad(file, f"cannot be read ({error.strerror or error})", "source=<a whole, readable file>") from None
+
+
+def _whole(file: Path, progress: Progress) -> Iterator[str]:
+    with _explained(file):
+        yield from decoded(_blocks(file, progress))
+
+
+def _bad(file: Path, what: str, cure: str) -> ValueError:
+    return ValueError(f"source: {file} {what}: {cure}")
+
+
+def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
+    """What ``file`` holds, unpacked."""
+    with file.open("rb") as packed:
+        if file.suffix == ".zst":
+            blocks = _unpacked_zstandard(iter(lambda: packed.read(2**16), b""))
+        else:
+            stream = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
+            blocks = iter(lambda: stream.read(BLOCK), b"")
+        before = 0
+        for block in blocks:
+            yield block
+            progress(packed.tell() - before)
+            before = packed.tell()
+
+
+def _unpacked_zstandard(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    try:
+        for block in blocks:
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise zlib.error(str(error)) from None
+    if frame is not None:  # zstandard itself keeps silent
+        raise EOFError("it ends in the middle of a frame")
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []
+    for block in blocks:
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            yield b"".join([*begun, end])
+            begun.clear()
+        begun.append(rest)
+    yield b"".join(begun)
+
+
+def _json_lines(file: Path, text_key: str, first: int, progress: Progress) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(_lines(_blocks(file, progress))):
+        if number < first or not line.strip():
+            continue
+        where = f"line {number + 1:,}"
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise _bad(file, f"{where} is not UTF-8, see its byte {error.start:,}", "source=<a mended file>") from None
+        except (ValueError, RecursionError) as error:
+            what = str(error).split(":")[0]
+            raise _bad(file, f"{where} is no JSON ({what})", "source=<a mended file>") from None
+        if not isinstance(record, dict):
+            raise _bad(file, f"{where} is no JSON object", 'source=<lines of {"text": ...}>')
+        if text_key not in record:
+            keys = ", ".join(map(str, list(record)[:8]))
+            raise _bad(file, f"{where} has no key {text_key} (it has: {keys})", "text_key=<one of these>")
+        yield number, [_text(record[text_key], file, where, text_key)]
+
+
+def _rows(file: Path, text_key: str, first: int, progress: Progress) -> Iterator[tuple[int, list[str]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK) as table:
+            if text_key not in table.schema_arrow.names:
+                keys = ", ".join(table.schema_arrow.names[:8])
+                raise _bad(file, f"has no column {text_key} (it has: {keys})", "text_key=<one of these>")
+            number, size = 0, file.stat().st_size / max(table.metadata.num_rows, 1)
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if number + rows <= first:
+                    number += rows
+                    progress(size * rows)
+                    continue
+                for batch in table.iter_batches(ROWS, row_groups=[group], columns=[text_key], use_threads=False):
+                    for value in batch.column(0):
+                        if number >= first:
+                            where = f"row {number + 1:,}"
+                            yield number, [_text(_python(value, file, where), file, where, text_key)]
+                        number += 1
+                    progress(size * len(batch))
+    except (pyarrow.ArrowException, OSError) as error:
+        what = str(error).splitlines()[0][:150]
+        raise _bad(file, f"is no parquet that can be read ({what})", "source=<a whole file>") from None
+
+
+def _python(value, file: Path, where: str):
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        raise _bad(file, f"{where} is not UTF-8", "source=<a mended file>") from None
+
+
+def _text(value, file: Path, where: str, text_key: str) -> str:
+    if not isinstance(value, str):
+        raise _bad(file, f"{where} has no text under {text_key}, but {json.dumps(value, default=repr)[:40]}",
+                   "text_key=<another>, or source=<a mended file>")  # fmt: skip
+    return value

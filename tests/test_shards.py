@@ -1,0 +1,197 @@
+"""Shards train as they are: their windows are those of the tokens end to end, and what is no whole shard is refused."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from conftest import FAST, story_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.data import shards
+from src.data.config import PrepareConfig
+from src.data.datamodule import TextDataModule
+from src.data.prepare import prepare_shards
+from src.data.shards import MANIFEST, ShardTokens, header, read_shards
+from src.data.windows import SlidingWindowDataset
+from src.tokenizer import gpt2_tokenizer
+from src.training.interruption import Interrupted
+from src.verify_resume import first_difference
+
+
+def shard(path, tokens) -> int:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(header(len(tokens)) + np.asarray(tokens, dtype="<u2").tobytes())
+    return len(tokens)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(1, 15), st.data())
+def test_windows_cross_borders_unseen(tmp_path_factory, lengths, context_length, stride, data):
+    folder = tmp_path_factory.mktemp("shards")
+    whole = np.arange(sum(lengths), dtype=np.uint16)
+    ends = np.cumsum(lengths)
+    counts = [
+        (folder / f"{i}.bin", shard(folder / f"{i}.bin", part)) for i, part in enumerate(np.split(whole, ends[:-1]))
+    ]
+    first = data.draw(st.integers(0, len(whole)))
+    last = data.draw(st.integers(first, len(whole)))
+    tokens, expected = ShardTokens(counts, 50257, first, last), whole[first:last]
+    windows, plain = (SlidingWindowDataset(each, context_length, stride) for each in (tokens, expected))
+    assert [(a.tolist(), b.tolist()) for a, b in windows] == [(a.tolist(), b.tolist()) for a, b in plain]
+    assert tokens[:].tolist() == expected.tolist()
+    assert tokens[len(tokens) + 3 :].tolist() == []
+
+
+NAMES = {
+    "fineweb_val_000000.bin fineweb_train_000001.bin fineweb_train_000002.bin": [2],
+    "TinyStories_train.bin TinyStories_val.bin": [1],
+    "val_set_train_000001.bin val_set_val_000000.bin": [1],
+    "interval_000001.bin valley.bin": [],
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_others_shards_train_and_validate_by_their_names(tmp_path, names):
+    files = sorted(names.split())
+    lengths = [shard(tmp_path / name, np.full(10 + number, number)) for number, name in enumerate(files)]
+    train, val, _ = read_shards(str(tmp_path), 0.75, gpt2_tokenizer())
+    whole = np.repeat(np.arange(len(files)), lengths)
+    cut = int(0.75 * len(whole))
+    validates = np.isin(whole, NAMES[names]) if NAMES[names] else np.arange(len(whole)) >= cut
+    assert train[:].tolist() == whole[~validates].tolist()
+    assert val[:].tolist() == whole[validates].tolist()
+    everything, nothing, _ = read_shards(str(tmp_path / "*.bin"), 1.0, gpt2_tokenizer())
+    assert (everything[:].tolist(), len(nothing)) == (whole.tolist(), 0)
+
+
+BROKEN = {
+    "a byte short": (lambda whole: whole[:-1], "says that it holds 40 tokens, but its size is that of 39.5"),
+    "a token too many": (lambda whole: whole + b"ab", "says that it holds 40 tokens, but its size is that of 41.0"),
+    "count beyond the file": (lambda whole: header(10**9) + whole[1024:], "says that it holds 1,000,000,000 tokens"),
+    "negative count": (lambda whole: header(-3) + whole[1024:], "says that it holds -3 tokens"),
+    "no token": (lambda whole: header(0), "says that it holds 0 tokens"),
+    "another magic": (lambda whole: b"abcd" + whole[4:], "begins with 1684234849, 1, a shard of GPT-2 tokens with"),
+    "another version": (lambda whole: whole[:4] + b"\7" + whole[5:], "begins with 20240520, 7"),
+    "no header": (lambda whole: whole[:1000], "has 1000 bytes, no header of 1024"),
+    "empty": (lambda whole: b"", "has 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_shard_is_one_line(tmp_path, what):
+    change, message = BROKEN[what]
+    for number in range(2):
+        shard(tmp_path / f"{number}.bin", range(40))
+    (tmp_path / "1.bin").write_bytes(change((tmp_path / "1.bin").read_bytes()))
+    with pytest.raises(ValueError) as error:
+        read_shards(str(tmp_path), 0.9, gpt2_tokenizer())
+    assert str(error.value).startswith(f"data.path: {tmp_path / '1.bin'} ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_beyond_the_tokenizer_are_found_where_they_stand(tmp_path):
+    shard(tmp_path / "0.bin", range(40))
+    shard(tmp_path / "1.bin", [5, 50256, 50257, 60000])
+    tokens, _, _ = read_shards(str(tmp_path), 1.0, gpt2_tokenizer())
+    assert tokens[30:42].tolist() == [*range(30, 40), 5, 50256]
+    with pytest.raises(ValueError, match=r"data\.path: token 2 of .*1\.bin is 50257, the tokenizer has only 50,257"):
+        tokens[30:44]
+
+
+def test_shards_of_other_roles_or_unfinished_or_foreign_are_refused(tmp_path):
+    def refused(message: str, path=tmp_path) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_shards(str(path), 0.9, gpt2_tokenizer())
+
+    refused("is a folder without a .bin file")
+    shard(tmp_path / "a_val_0.bin", range(9))
+    refused("has no shard that trains, only a_val_0.bin")
+    shard(tmp_path / "a_train_1.bin", range(9))
+    (tmp_path / MANIFEST).write_text(json.dumps({"complete": False, "tokenizer": "?", "shards": []}))
+    refused("are not finished: run the command that makes them again, python -m src.prepare")
+    (tmp_path / MANIFEST).write_text(json.dumps({"complete": True, "tokenizer": "?", "shards": []}))
+    refused("comes from another tokenizer")
+    (tmp_path / MANIFEST).write_text("{}")  # another program's
+    read_shards(str(tmp_path), 0.9, gpt2_tokenizer())
+
+
+def test_hash_tells_shards_from_others(tmp_path):
+    def digest() -> str:
+        return read_shards(str(tmp_path), 0.9, gpt2_tokenizer())[2]
+
+    for name in "x_val_0.bin", "x_train_1.bin", "x_train_2.bin":
+        shard(tmp_path / name, range(20_000))
+    seen = [digest(), digest()]
+    assert seen[0] == seen[1]
+    shard(tmp_path / "x_train_1.bin", [1, *range(1, 20_000)])
+    seen.append(digest())
+    shard(tmp_path / "x_train_1.bin", range(20_001))
+    seen.append(digest())
+    (tmp_path / "x_val_0.bin").rename(tmp_path / "x_train_0.bin")
+    seen.append(digest())
+    about = {"complete": True, "tokenizer": shards.fingerprint(gpt2_tokenizer())}
+    about["shards"] = [{"file": "x_train_2.bin", "sha256": "0"}]
+    (tmp_path / MANIFEST).write_text(json.dumps(about))  # in the middle of which a token may differ
+    seen.append(digest())
+    assert len(set(seen)) == 5
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"{number} {story_of(170 + number)}")
+    asked = PrepareConfig(str(tmp_path / "*.txt"), str(tmp_path / "prepared"), shard_tokens=300, val_tokens=150)
+    prepare_shards(asked)
+    return tmp_path / "prepared"
+
+
+def test_a_run_on_shards_resumes_to_the_same_bits(tiny_run, at_batch, prepared):
+    common = ("data=shards", f"data.path={prepared}", "data.batch_size=8", "trainer.max_epochs=2", "callbacks=none")
+    common += ("eval.batches=1", "eval.full_batches=1")
+    whole = tiny_run(*common)
+    at_batch(9, lambda module: signal.raise_signal(signal.SIGTERM))
+    folder = whole.folder.with_name("cut")
+    with pytest.raises(Interrupted):
+        tiny_run(*common, folder=folder)
+    tiny_run(*common, resume=folder)
+    assert first_difference(whole.folder, folder) is None
+    shard(prepared / "prepared_train_000002.bin", range(300))
+    with pytest.raises(ValueError, match="the text is not the one that"):
+        tiny_run(*common, resume=folder)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_foreign_id_stops_a_run_in_one_line(tiny_run, tmp_path, num_workers):
+    shard(tmp_path / "x_train_1.bin", [50300] * 600)
+    shard(tmp_path / "x_val_0.bin", range(100))
+    with pytest.raises(ValueError, match=r"^data\.path: token \d+ of .* is 50300, the tokenizer has only") as error:
+        tiny_run("data=shards", f"data.path={tmp_path}", f"data.num_workers={num_workers}", *FAST)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluate_reads_shards(command, prepared, small_weights, tmp_path):
+    shared = [f"weights={small_weights}", "data=shards", f"data.path={prepared}"]
+    losses = {}
+    for split in "val", "train", "all":
+        folder = tmp_path / split
+        status, _, err = command("evaluate", *shared, f"split={split}", f"hydra.run.dir={folder}")
+        assert status == 0, err
+        losses[split] = json.loads((folder / "evaluation.json").read_text())["tokens"]
+    counts = [shard["tokens"] for shard in json.loads((prepared / MANIFEST).read_text())["shards"]]
+    assert losses == {"val": counts[0] - 1, "train": sum(counts[1:]) - 1, "all": sum(counts) - 1}
+
+
+def test_twenty_gigabytes_cost_nothing_beforehand(tmp_path):
+    """Sparse files: what is never read is never there."""
+    for number in range(20):
+        with (tmp_path / f"x_train_{number:06d}.bin").open("wb") as file:
+            file.write(header(5 * 10**8))
+            file.truncate(1024 + 10**9)
+    data = TextDataModule(format="shards", path=str(tmp_path), context_length=1024, batch_size=8)
+    data.setup()
+    inputs, _ = next(iter(data.train_dataloader()))
+    assert inputs.shape == (8, 1024)
+    assert len(data.train_windows.tokens) == 9 * 10**9
+    assert len(set(data.token_offsets(3, 10**6))) == 8
