@@ -108,7 +108,7 @@ BAD = {
     "tokens_per_step=0": "tokens_per_step=524288",
     "tokens_per_step=1000": "tokens_per_step=1024",
     "tokens_per_step=2048 trainer.accumulate_grad_batches=3": "trainer.accumulate_grad_batches=1",
-    "tokens_per_step=512 trainer.devices=2 trainer.accelerator=cpu": "tokens_per_step=1024",
+    "trainer.devices=2 trainer.accelerator=cpu tokens_per_step=512": "tokens_per_step=1024",
     "trainer.devices=two": "trainer.devices=1",
     "trainer.accelerator=cpu trainer.devices=-1": "trainer.devices=2",
     "trainer.devices=2 trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler=false",
