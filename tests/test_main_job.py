@@ -73,5 +73,5 @@ def test_book(tmp_path):
         assert rows[0][key] == pytest.approx(value, abs=1e-5)
     in_training = [row for row in rows if "val/loss" in row and row["step"] in range(5, 95, 5)]
     assert len(in_training) == 18
-    assert 0.25 < in_training[-1]["train/eval_loss"] < 0.9
+    assert 0.25 < in_training[-1]["train/eval_loss"] < 1.2  # 0.4 to 0.8, by the order of the windows and dropout
     assert 6.1 < in_training[-1]["val/loss"] < 6.7
