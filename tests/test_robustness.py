@@ -60,7 +60,7 @@ def test_real_lack_of_memory(tmp_path):
     code = (
         "import resource, runpy, sys, torch, lightning.pytorch\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10**9,) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 10**9,) * 2)\n"
         "sys.argv[0] = 'train'\n"
         "runpy.run_module('src.train', run_name='__main__')"
     )
