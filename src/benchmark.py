@@ -258,6 +258,9 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
         datamodule.setup()
         plain = OmegaConf.to_container(cfg, resolve=True)
         module = PretrainingModule(plain["model"], plain["optimizer"], plain["schedule"], cfg.seed)
+        module.net.checkpoint_activations = cfg.activation_checkpointing
+        if cfg.compile:
+            module.net.compile()
         trainer.callbacks.append(Pacer(connection, datamodule))
         trainer.fit(module, datamodule=datamodule)
 

@@ -218,12 +218,12 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches, **share)
     datamodule.prepare_data()
     datamodule.setup()
-    batches = batches_per_epoch(trainer, len(datamodule.train_dataloader()))
-    steps = planned_steps(trainer, len(datamodule.train_dataloader()))
+    batches = len(datamodule.train_dataloader())
+    steps = planned_steps(trainer, batches)
     _check_length(cfg, steps)
     if checkpoint:
         check_text(checkpoint, path, datamodule.fixed_values())
-        check_epoch(checkpoint, path, batches * datamodule.batch_windows)
+        check_epoch(checkpoint, path, batches_per_epoch(trainer, batches) * datamodule.batch_windows)
         if checkpoint["global_step"] >= steps and (record.completed_before or not cfg.resume):
             raise ValueError(
                 f"{path} is at step {checkpoint['global_step']} of {steps:,}, there is nothing left to do: "

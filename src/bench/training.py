@@ -12,7 +12,6 @@ from torch import Tensor
 from src.bench.rivals import peak_memory
 from src.data.datamodule import TextDataModule
 from src.training.device import synchronise
-from src.training.loss import next_token_loss
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -71,7 +70,7 @@ class Pacer(Callback):
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(self.batches))
         done()
         with trainer.precision_plugin.forward_context():
-            loss = next_token_loss(net.hidden_states(inputs), net.head.weight, targets)
+            loss = pl_module.loss(inputs, targets)
         done()
         loss.backward()
         done()

@@ -47,7 +47,7 @@ def attend_on_cpu(queries: Tensor, keys: Tensor, values: Tensor, drop_rate: floa
     """Causal attention with dropout, ``(B, H, T, D)``, in plain matrix products of the inputs' own precision.
 
     With dropout PyTorch's fused CPU kernel is not available, and what it has instead computes in float32 and draws its
-    random numbers one by one: five times slower in bfloat16.
+    random numbers one by one: several times slower in bfloat16.
     """
     T, D = queries.shape[2:]
     with torch.autocast("cpu", enabled=False):  # which would widen the softmax

@@ -63,6 +63,11 @@ class PretrainingModule(LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
 
+    def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Of the model's predictions from ``inputs`` ``(B, T)``; see :func:`~src.training.loss.next_token_loss`."""
+        compiled = self.net.compiled and torch.is_grad_enabled()
+        return next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction, compiled)
+
     @property
     def epochs_seen(self) -> float:
         """Epochs trained so far, fractions included; 0 before the first batch."""
@@ -107,8 +112,7 @@ class PretrainingModule(LightningModule):
         inputs, targets = batch
         if self._batch in self.skipped_batches:  # None is nothing for Lightning where several processes train
             return None if self.trainer.world_size == 1 else 0 * self.net(torch.zeros_like(inputs)).sum()
-        hidden = self.net.hidden_states(inputs)  # (B, T, C)
-        loss = next_token_loss(hidden, self.net.head.weight, targets, compiled=self.net.compiled)
+        loss = self.loss(inputs, targets)
         self._step.add(self._batch, inputs, loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
         return loss
@@ -161,7 +165,7 @@ class PretrainingModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets = batch
-        loss = next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction="sum")
+        loss = self.loss(inputs, targets, reduction="sum")
         # One tensor for all batches: a small one that lies between large buffers keeps their memory from being reused.
         sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact([0.0, 0.0]))
         sums += torch.stack([loss, (targets >= 0).sum()])
