@@ -1,6 +1,5 @@
 """Our own generation, timed."""
 
-import time
 from multiprocessing.connection import Connection
 
 import torch
@@ -11,7 +10,7 @@ from src.generation.decode import generate
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
-from src.training.device import synchronise
+from src.training.device import seconds_of
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:
@@ -23,11 +22,7 @@ def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str)
 
     def run(new_tokens: int, dtype: torch.dtype) -> float:
         tokens = prompt.to(device)
-        synchronise(device)
-        started = time.perf_counter()
-        generate(nets[dtype], tokens, new_tokens)
-        synchronise(device)
-        return time.perf_counter() - started
+        return seconds_of(lambda: generate(nets[dtype], tokens, new_tokens), device)
 
     serve(connection, run)
 

@@ -1,12 +1,11 @@
 """What the machine can do: the rates of its matrix products and of reading its memory."""
 
-import time
 from multiprocessing.connection import Connection
 
 import torch
 
 from src.bench.rivals import serve
-from src.training.device import matrix_rate, synchronise
+from src.training.device import matrix_rate, seconds_of
 
 READS = 10  # of a buffer far larger than any cache; what one of them reaches, no work does for long
 
@@ -19,11 +18,6 @@ def work(connection: Connection, device: str, dtype: torch.dtype) -> None:
     def rate(what: str) -> float:
         if what == "matrix":
             return matrix_rate(device, dtype, size)
-        synchronise(device)
-        started = time.perf_counter()
-        for _ in range(READS):
-            large.sum()
-        synchronise(device)
-        return READS * large.nbytes / (time.perf_counter() - started)
+        return READS * large.nbytes / seconds_of(lambda: [large.sum() for _ in range(READS)], device)
 
     serve(connection, rate)

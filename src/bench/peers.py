@@ -1,6 +1,6 @@
 """Other packages' GPT models of the same size, trained and sampled as these packages do it."""
 
-import time
+import itertools
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from src.bench.rivals import serve
 from src.model.config import GPTConfig
-from src.training.device import synchronise
+from src.training.device import seconds_of
 
 
 def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor, precision: str, device: str) -> None:
@@ -24,15 +24,11 @@ def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor,
     fused = {"fused": True} if peer == "transformers" else {}
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-4, weight_decay=0.1, **fused)
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
-    place = 0
+    endless = itertools.cycle(batches)
 
-    def run(steps: int) -> float:
-        nonlocal place
-        synchronise(device)
-        started = time.perf_counter()
-        for _ in range(steps):
-            batch = batches[place % len(batches)].to(device)
-            place += 1
+    def run(steps: int) -> None:
+        for batch in itertools.islice(endless, steps):
+            batch = batch.to(device)
             optimizer.zero_grad()
             with mixed:
                 logits = logits_of(batch[:, :-1])  # (B, T, V)
@@ -41,10 +37,8 @@ def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor,
             if peer != "book":
                 torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-        synchronise(device)
-        return time.perf_counter() - started
 
-    serve(connection, run)
+    serve(connection, lambda steps: seconds_of(lambda: run(steps), device))
 
 
 def generate(connection: Connection, peer: str, config: GPTConfig, prompt: Tensor, device: str) -> None:
@@ -55,11 +49,7 @@ def generate(connection: Connection, peer: str, config: GPTConfig, prompt: Tenso
     def run(new_tokens: int, dtype: torch.dtype) -> float:
         net.to(dtype)
         tokens = prompt.to(device)
-        synchronise(device)
-        started = time.perf_counter()
-        _continue(peer, net, tokens, new_tokens, config.context_length)
-        synchronise(device)
-        return time.perf_counter() - started
+        return seconds_of(lambda: _continue(peer, net, tokens, new_tokens, config.context_length), device)
 
     serve(connection, run)
 

@@ -58,14 +58,16 @@ def matrix_rate(device: str, dtype: torch.dtype, size: int = 1024) -> float:
 
 def shortest_seconds(act: Callable[[], Any], device: str, repeats: int = 3) -> float:
     """Of a few calls, after one to warm up."""
-    shortest = float("inf")
-    for _ in range(repeats + 1):
-        synchronise(device)
-        started = time.perf_counter()
-        act()
-        synchronise(device)
-        shortest = min(shortest, time.perf_counter() - started)
-    return shortest
+    return min(seconds_of(act, device) for _ in range(repeats + 1))
+
+
+def seconds_of(act: Callable[[], Any], device: str) -> float:
+    """Of one call, until the device has finished it."""
+    synchronise(device)
+    started = time.perf_counter()
+    act()
+    synchronise(device)
+    return time.perf_counter() - started
 
 
 def synchronise(device: str) -> None:
