@@ -1,7 +1,6 @@
 """The decoding loop: read the prompts once, then one token at a time from the cache."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -87,17 +86,22 @@ class Step(NamedTuple):
     logits: Tensor
 
 
-@contextmanager
-def evaluating(net: GPT) -> Iterator[None]:
-    """Without dropout and gradients; afterwards every module is in the mode in which it was."""
-    training = [module for module in net.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():  # not inference_mode, whose tensors could not be trained on
-            yield
-    finally:
-        for module in training:
+class evaluating:
+    """A context without dropout and gradients; afterwards every module is in the mode in which it was."""
+
+    def __init__(self, net: GPT) -> None:
+        self._modules = list(net.modules())  # once: to list them takes longer than to read them
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._modules if module.training]
+        for module in self._training:
+            module.training = False
+        self._no_grad = torch.no_grad()  # not inference_mode, whose tensors could not be trained on
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._no_grad.__exit__(*error)
+        for module in self._training:
             module.training = True
 
 
@@ -127,8 +131,9 @@ def decode(
     """
     context = Context(net, tokens, padding, vocab_size, cuda_graph)
     ended = torch.zeros(len(tokens) * num_samples, dtype=torch.bool, device=tokens.device)
+    without_dropout = evaluating(net)
     for step in range(max_new_tokens):
-        with evaluating(net):
+        with without_dropout:
             logits = context.next_logits()
             if step == 0 and num_samples > 1:
                 rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(num_samples)
