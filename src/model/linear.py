@@ -52,7 +52,7 @@ class _Transposed:
 
     Their product with one row is the sum of their rows, each times an element of the row: an embedding bag, and of each
     thread's share of the columns one of its own. FBGEMM's kernel for that, made for tables that no cache holds, takes
-    two thirds of the time of oneDNN's products.
+    down to two thirds of the time of oneDNN's products.
     """
 
     def __init__(self, weight: Tensor) -> None:
