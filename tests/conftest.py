@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
 
 import pytest
 import tiktoken
+import torch
 
 from src import cli
 from src.model.config import GPTConfig
@@ -34,6 +35,12 @@ def metrics_of(run: Run) -> list[dict[str, float]]:
 
 def column(run: Run, key: str) -> list[float]:
     return [row[key] for row in metrics_of(run) if key in row]
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    """The same random numbers for a test whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -145,8 +152,6 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def small_net():
     """A model with GPT-2's vocabulary whose next tokens are no toss-up: its weights are large."""
-    import torch
-
     from src.model.gpt import GPT
 
     torch.manual_seed(0)
