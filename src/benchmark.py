@@ -19,6 +19,7 @@ from src.bench.config import BenchmarkConfig
 from src.data.config import PrepareConfig
 from src.model.config import GPTConfig
 from src.record import git_revision, versions
+from src.train import build_module
 from src.train import find_problems as problems_of_training
 
 if TYPE_CHECKING:
@@ -104,9 +105,8 @@ def _training(cfg: DictConfig, device: str, precision: str) -> dict[str, Any]:
     tokens = cfg.data.batch_size * context_length
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if precision[:2] == "16" else torch.float32
     ours = Rival("this project", _train_ours, OmegaConf.to_container(cfg))
-    others = {
-        name: Rival(name, peers.train, name, model, _batches(cfg), cfg.peers_precision, device) for name in cfg.peers
-    }
+    batches = _batches(cfg) if cfg.peers else None
+    others = {name: Rival(name, peers.train, name, model, batches, cfg.peers_precision, device) for name in cfg.peers}
     hardware = Rival("the machine", machine.work, device, dtype)
     turns: dict[str, Callable[[], Any]] = {
         "bare loop": lambda: tokens * steps / ours("bare", steps),
@@ -244,7 +244,6 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
     from src.trainer import build_trainer
     from src.training.device import keep_freed_memory
     from src.training.interruption import Interruption
-    from src.training.module import PretrainingModule
 
     cfg = OmegaConf.create(config)
     for key, value in WANTED.items():
@@ -256,13 +255,8 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
         seed_everything(cfg.seed, verbose=False)
         datamodule = instantiate(cfg.data, eval_batches=1)
         datamodule.setup()
-        plain = OmegaConf.to_container(cfg, resolve=True)
-        module = PretrainingModule(plain["model"], plain["optimizer"], plain["schedule"], cfg.seed)
-        module.net.checkpoint_activations = cfg.activation_checkpointing
-        if cfg.compile:
-            module.net.compile()
         trainer.callbacks.append(Pacer(connection, datamodule))
-        trainer.fit(module, datamodule=datamodule)
+        trainer.fit(build_module(cfg), datamodule=datamodule)
 
 
 def _batches(cfg: DictConfig, count: int = 16) -> Tensor:

@@ -192,14 +192,12 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 
 def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Interruption) -> Run:
-    import torch
     from lightning.pytorch import seed_everything
 
     from src.interop.weights import read_weights
     from src.training.checkpoint import newest_good_checkpoint
     from src.training.device import device_name, keep_freed_memory
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
-    from src.training.module import PretrainingModule
     from src.training.optim import batches_per_epoch, planned_steps
 
     if not cfg.weights:
@@ -230,20 +228,15 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
                 f"trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
 
-    torch.manual_seed(cfg.seed)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
-    module.net.checkpoint_activations = cfg.activation_checkpointing
+    module = build_module(cfg)
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
         module.net.load_state_dict(weights)
-    if cfg.compile:
-        module.net.compile()
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer.checkpoint_callbacks:
         _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32
     if cfg.resume and not cfg.dry_run:
-        report.print_changes(read_record(folder), config)
+        report.print_changes(read_record(folder), OmegaConf.to_container(cfg, resolve=True))
         go_on_logging(trainer, checkpoint.get("global_step", -1))
         record.start(checkpoint["global_step"] if checkpoint else 0)
     record.update(
@@ -326,6 +319,21 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
     val_loss = losses["val_loss"]
     record.update(**losses, val_perplexity=None if val_loss is None else math.exp(min(val_loss, 700)))
     return run
+
+
+def build_module(cfg: DictConfig) -> PretrainingModule:
+    """What ``cfg`` trains, its parameters drawn from ``cfg.seed``."""
+    import torch
+
+    from src.training.module import PretrainingModule
+
+    torch.manual_seed(cfg.seed)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
+    module.net.checkpoint_activations = cfg.activation_checkpointing
+    if cfg.compile:
+        module.net.compile()
+    return module
 
 
 def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[str, Any]]:
