@@ -82,6 +82,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
     )
     if not top.weights:  # which bring their own model
         found += model_problems(model, data)
+    found += _foreign_arguments(config["trainer"])
     found += launch.problems_of_devices(config["trainer"])
     if schedule.name != "constant":
         steps = trainer.max_steps
@@ -109,6 +110,21 @@ def find_problems(cfg: DictConfig) -> list[str]:
     if top.weights is not None and not top.resume:
         found += problems_of_weights(top.weights)
     return found
+
+
+def _foreign_arguments(trainer: dict[str, Any]) -> list[str]:
+    """Which keys that ``conf/trainer`` does not have Lightning's Trainer does not have either, a line each."""
+    new = set(trainer) - set(OmegaConf.load(cli.CONF / "trainer" / "default.yaml"))
+    if not new:
+        return []
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    return [
+        f"trainer.{key} is no argument of Lightning's Trainer: leave +trainer.{key} away"
+        for key in sorted(new - set(inspect.signature(Trainer).parameters))
+    ]
 
 
 def accumulation(cfg: DictConfig, count: int) -> tuple[int, str | None]:
