@@ -92,6 +92,15 @@ def with_latest_weights(overrides: list[str]) -> list[str]:
     return [spelt_out(override) for override in overrides]
 
 
+def data_of_run(weights: str) -> dict[str, Any]:
+    """The data section of the run that ``weights`` are of, as its ``run.json`` has it; nothing where they are no
+    run's."""
+    folder = run_folder(weights)
+    config = read_record(folder).get("config") if folder else None
+    data = config.get("data") if isinstance(config, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
 def _saved_overrides(
     record: dict[str, Any], asked: str, new: list[str], typed: list[str], drop: tuple[str, ...] = ()
 ) -> list[str]:

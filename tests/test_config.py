@@ -33,6 +33,7 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         needs = {"prepare": f"source={tmp_path}", "benchmark": "rounds=2"}
         overrides.append(needs.get(command, f"weights={small_weights}"))
         overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
+        overrides += ["data=story"] if command == "evaluate" else []
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
@@ -120,7 +121,7 @@ BAD = {
     "trainer.gpus=1": "trainer.",
     "schedule.min_lr=1": "schedule.min_lr=0",
     "schedule=linear": "constant",
-    "eval.every_steps=0": "eval.every_steps=15",
+    "eval.every_steps=0": "eval.every_steps=null",
     "eval.batches=0": "eval.batches=null",
     "checkpoint.every_minutes=-1": "checkpoint.every_minutes=null",
     "trainer.max_epochs=0": "trainer.max_epochs=1",

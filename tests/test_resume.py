@@ -171,8 +171,8 @@ def begun(command, at_batch, text, tmp_path, monkeypatch):
     """The command of a run with code of its user's own, stopped at step 6 of 12 by SLURM's signal, and its folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    arguments = [*TINY, "callbacks=none", CODE, f"data.path={text}", "+tags=[a]",
-                 "data.batch_size=4", "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.precision=32-true"]  # fmt: skip
+    arguments = [*TINY, "callbacks=none", CODE, f"data.path={text}", "+tags=[a]", "data.batch_size=4",
+                 "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.precision=32-true"]  # fmt: skip
     at_batch(5, interrupt(signal.SIGUSR1))
     assert command("train", *arguments)[0] == 128 + signal.SIGUSR1
     (folder,) = tmp_path.glob("outputs/gpt2/*")
