@@ -277,8 +277,8 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
 
     trainer, module, datamodule = run.trainer, run.module, run.datamodule
     evaluating = trainer.limit_val_batches != 0
-    if path is None or not cfg.resume:
-        report.log_hyperparameters(trainer, record.values["config"])
+    for logger in trainer.loggers:
+        logger.log_hyperparams(report.hyperparameters(cfg, record.values))
     if path is None and evaluating:
         datamodule.eval_batches = cfg.eval.full_batches
         trainer.validate(module, datamodule=datamodule, verbose=False)
