@@ -1,8 +1,10 @@
-"""How every figure looks: readable at 400 pixels or 3.3 inches wide, in colours that a colour-blind person tells apart."""
+"""How every figure looks: legible 400 pixels or 3.3 inches wide, in colours that a colour-blind person tells apart."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -13,7 +15,6 @@ SKY, BLUE, VERMILLION = "#56B4E9", "#0072B2", "#D55E00"  # Okabe & Ito 2008
 
 def new_figure(width: float = 4.8, height: float = 3.6, **subplots: Any) -> tuple[Figure, Any]:
     """An empty figure of so many inches, 200 pixels each, and its axes as ``Figure.subplots`` returns them."""
-    import numpy as np
     from matplotlib.figure import Figure  # draws without pyplot: no display, no global state
 
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
@@ -41,3 +42,12 @@ def label_log_axis(axis: Axis, low: float, high: float) -> None:
     axis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 3) if high < 1e6 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean over a 25th of ``values`` around each: as many before it as there are, as many behind it at most."""
+    at, half = np.arange(len(values)), max(len(values) // 50, 2)
+    first = at - np.minimum(at, half)
+    last = np.minimum(2 * at - first, len(values) - 1)
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return (sums[last + 1] - sums[first]) / (last + 1 - first)

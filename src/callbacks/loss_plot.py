@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.figure import BLUE, SKY, VERMILLION, label_log_axis, new_figure, short
+from src.figure import BLUE, SKY, VERMILLION, label_log_axis, new_figure, short, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +127,7 @@ def loss_figure(points: list[list[float]], history: list[dict[str, float]], unit
     thin = {"linewidth": 0.7, "alpha": 0.5} if len(points) > 20 else {"linewidth": 1.2}
     upper.plot(tokens * per_token, losses, color=SKY, label="training, each step", **thin)
     if len(points) > 20:
-        upper.plot(tokens * per_token, _smooth(losses), color=SKY, linewidth=1.6, label="training, smoothed")
+        upper.plot(tokens * per_token, smooth(losses), color=SKY, linewidth=1.6, label="training, smoothed")
     _draw_splits(upper, history, per_token, lambda loss: loss)
     upper.set_ylabel("loss (nats per token)")
     upper.legend(fontsize=8)
@@ -166,15 +166,6 @@ def _draw_splits(axes: Axes, history: list[dict[str, float]], per_token: float, 
             axes.plot(*zip(*evaluated, strict=True), label=label, linewidth=1, **style)
             found += [value for _, value in evaluated]
     return found
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a 25th of ``values`` around each: as many before it as there are, as many behind it at most."""
-    at, half = np.arange(len(values)), max(len(values) // 50, 2)
-    first = at - np.minimum(at, half)
-    last = np.minimum(2 * at - first, len(values) - 1)
-    sums = np.concatenate([[0], np.cumsum(values)])
-    return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
 def _mean(rows: Any) -> list[float]:
