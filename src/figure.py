@@ -36,11 +36,11 @@ def short(count: float, _: Any = None) -> str:
 
 def label_log_axis(axis: Axis, low: float, high: float) -> None:
     """Put plain numbers on a logarithmic ``axis`` whose data reaches from ``low`` to ``high``."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     near = high < 10 * low
     axis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 3) if high < 1e6 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_major_formatter("{x:,.10g}")
     axis.set_minor_formatter(NullFormatter())
 
 

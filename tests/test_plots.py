@@ -73,7 +73,7 @@ def test_a_long_curve_stays_small_and_does_not_know_where_it_was_interrupted():
     assert whole.steps_per_point == 8
     first = [math.exp(-step / 1000) for step in range(1, 9)]
     assert whole.points[0] == pytest.approx([512 * 4.5, sum(first) / 8, 1e-3])
-    assert len(whole.points) * 8 + len(whole._open) == 20_000
+    assert len(whole.points) * 8 + len(whole.pending) == 20_000
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,6 @@ def test_drawn_once_at_the_end_of_a_short_run(tiny_run, drawings, overrides, fil
 
 def test_drawn_after_evaluations_where_time_has_passed(tiny_run, drawings, monkeypatch):
     monkeypatch.setattr("src.callbacks.loss_plot.EVERY_SECONDS", 0)
-    monkeypatch.setattr("src.callbacks.loss_plot.SHARE_OF_TIME", math.inf)
     tiny_run(*WATCHED, "trainer.max_steps=6", "eval.every_steps=2")
     assert [len(points) for points, *_ in drawings][:3] == [2, 4, 6]
 

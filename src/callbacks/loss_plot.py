@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from src.figure import BLUE, SKY, VERMILLION, label_log_axis, new_figure, short, smooth
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SPLITS = {  # metric: label, how it is drawn
@@ -23,8 +22,7 @@ SPLITS = {  # metric: label, how it is drawn
     "train/eval_loss": ("training, evaluated", {"color": BLUE, "marker": "o", "markersize": 2.5, "linestyle": "--"}),
 }
 MOST_POINTS = 4000
-EVERY_SECONDS = 30
-SHARE_OF_TIME = 0.02
+EVERY_SECONDS = 60  # a drawing takes one or two
 
 
 class LossPlot(Callback):
@@ -40,18 +38,16 @@ class LossPlot(Callback):
         self.history: list[dict[str, float]] = []  # of evaluations
         self.points: list[list[float]] = []  # tokens seen, loss, learning rate
         self.steps_per_point = 1
-        self._open: list[list[float]] = []  # the steps of the point to come
+        self.pending: list[list[float]] = []  # the steps of the point to come
         self._step = 0
         self._next_drawing = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        steps = {"points": list(self.points), "steps_per_point": self.steps_per_point, "open": list(self._open)}
-        return {"history": list(self.history), **steps}
+        lists = {"history": [*self.history], "points": [*self.points], "pending": [*self.pending]}
+        return {**lists, "steps_per_point": self.steps_per_point}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history, self.points = list(state_dict["history"]), list(state_dict.get("points", []))
-        self.steps_per_point = state_dict.get("steps_per_point", 1)
-        self._open = list(state_dict.get("open", []))
+        vars(self).update({key: state_dict[key] for key in self.state_dict() if key in state_dict})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -60,18 +56,16 @@ class LossPlot(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # only accumulated
-            return
+        metrics = trainer.callback_metrics if trainer.global_step != self._step else {}  # not only accumulated
         self._step = trainer.global_step
-        metrics = trainer.callback_metrics
         if "train/loss" in metrics:
             self._add([pl_module.tokens_seen, metrics["train/loss"].item(), metrics["lr"].item()])
 
     def _add(self, step: list[float]) -> None:
-        self._open.append(step)
-        if len(self._open) == self.steps_per_point:
-            self.points.append(_mean(self._open))
-            self._open = []
+        self.pending.append(step)
+        if len(self.pending) == self.steps_per_point:
+            self.points.append(_mean(self.pending))
+            self.pending = []
         if len(self.points) == MOST_POINTS:
             self.points = [_mean(pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
             self.steps_per_point *= 2
@@ -97,12 +91,11 @@ class LossPlot(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule, now: bool = True) -> None:
         from matplotlib.image import imread
 
-        started = time.monotonic()
-        if not self.points or not (now or started >= self._next_drawing):
+        if not self.points or not (now or time.monotonic() >= self._next_drawing):
             return
-        tokens, epochs, steps = pl_module.tokens_seen, pl_module.epochs_seen, trainer.global_step
-        name, units = ("epochs", epochs) if epochs > 1 else ("optimizer steps", steps)
-        figures = {"loss": loss_figure(self.points, self.history, name, units / tokens)}
+        epochs, steps = pl_module.epochs_seen, trainer.global_step
+        unit, done = ("epochs", epochs) if epochs > 1 else ("optimizer steps", steps)
+        figures = {"loss": loss_figure(self.points, self.history, unit, done / pl_module.tokens_seen)}
         if self.history:
             figures["perplexity"] = perplexity_figure(self.history)
         folder = Path(trainer.default_root_dir, "plots")
@@ -113,52 +106,47 @@ class LossPlot(Callback):
                 if isinstance(logger, TensorBoardLogger):
                     image = imread(folder / f"{name}.png")[..., :3]
                     logger.experiment.add_image(f"plots/{name}", image, steps, dataformats="HWC")
-        took = time.monotonic() - started
-        self._next_drawing = started + max(EVERY_SECONDS, took / SHARE_OF_TIME)
+        self._next_drawing = time.monotonic() + EVERY_SECONDS
 
 
 def loss_figure(points: list[list[float]], history: list[dict[str, float]], unit: str, per_token: float) -> Figure:
     """Loss of every step and of both splits, the learning rate below, over ``unit`` (``per_token`` of them for each
     token seen); tokens seen on the upper axis. The arguments are what :class:`LossPlot` keeps."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     figure, (upper, lower) = new_figure(height=4.2, nrows=2, sharex=True, height_ratios=[4, 1])
     tokens, losses, rates = np.array(points).T
+    at = tokens * per_token
     thin = {"linewidth": 0.7, "alpha": 0.5} if len(points) > 20 else {"linewidth": 1.2}
-    upper.plot(tokens * per_token, losses, color=SKY, label="training, each step", **thin)
+    upper.plot(at, losses, color=SKY, label="training, each step", **thin)
     if len(points) > 20:
-        upper.plot(tokens * per_token, smooth(losses), color=SKY, linewidth=1.6, label="training, smoothed")
+        upper.plot(at, smooth(losses), color=SKY, linewidth=1.6, label="training, smoothed")
     _draw_splits(upper, history, per_token, lambda loss: loss)
     upper.set_ylabel("loss (nats per token)")
     upper.legend(fontsize=8)
     of_tokens = upper.secondary_xaxis("top", functions=(lambda x: x / per_token, lambda x: x * per_token))
     of_tokens.set_xlabel("tokens seen")
-    of_tokens.xaxis.set_major_formatter(FuncFormatter(short))
-    lower.plot(tokens * per_token, rates, color="black", linewidth=1)
+    of_tokens.xaxis.set_major_formatter(short)
+    lower.plot(at, rates, color="black", linewidth=1)
     lower.set_yticks([0, max(rates)], ["0", f"{max(rates):.2g}"])
-    lower.set_ylabel("learning\nrate")
-    lower.set_xlabel(unit)
+    lower.set(xlabel=unit, ylabel="learning\nrate")
     lower.xaxis.set_major_locator(MaxNLocator(6, integer=unit != "epochs"))
-    lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    lower.xaxis.set_major_formatter("{x:,g}")
     return figure
 
 
 def perplexity_figure(history: list[dict[str, float]]) -> Figure:
     """Perplexity of both splits over tokens seen, on a logarithmic scale."""
-    from matplotlib.ticker import FuncFormatter
-
     figure, axes = new_figure()
     found = _draw_splits(axes, history, 1, lambda loss: math.exp(min(loss, 700)))
-    axes.set_yscale("log")
+    axes.set(yscale="log", xlabel="tokens seen", ylabel="perplexity")
     label_log_axis(axes.yaxis, min(found), max(found))
-    axes.set_ylabel("perplexity")
-    axes.set_xlabel("tokens seen")
-    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.xaxis.set_major_formatter(short)
     axes.legend(fontsize=8)
     return figure
 
 
-def _draw_splits(axes: Axes, history: list[dict[str, float]], per_token: float, shown: Any) -> list[float]:
+def _draw_splits(axes: Any, history: list[dict[str, float]], per_token: float, shown: Any) -> list[float]:
     found = []
     for key, (label, style) in SPLITS.items():
         evaluated = [(point["tokens"] * per_token, shown(point[key])) for point in history if key in point]
