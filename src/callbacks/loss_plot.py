@@ -130,7 +130,7 @@ def loss_figure(points: list[list[float]], history: list[dict[str, float]], unit
     lower.plot(at, rates, color="black", linewidth=1)
     lower.set_yticks([0, max(rates)], ["0", f"{max(rates):.2g}"])
     lower.set(xlabel=unit, ylabel="learning\nrate")
-    lower.xaxis.set_major_locator(MaxNLocator(6, integer=unit != "epochs"))
+    lower.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=unit != "epochs"))
     lower.xaxis.set_major_formatter("{x:,g}")
     return figure
 
@@ -138,7 +138,7 @@ def loss_figure(points: list[list[float]], history: list[dict[str, float]], unit
 def perplexity_figure(history: list[dict[str, float]]) -> Figure:
     """Perplexity of both splits over tokens seen, on a logarithmic scale."""
     figure, axes = new_figure()
-    found = _draw_splits(axes, history, 1, lambda loss: math.exp(min(loss, 700)))
+    found = _draw_splits(axes, history, 1, lambda loss: math.exp(min(loss, 100)))
     axes.set(yscale="log", xlabel="tokens seen", ylabel="perplexity")
     label_log_axis(axes.yaxis, min(found), max(found))
     axes.xaxis.set_major_formatter(short)
