@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from src.cli import CONF
 from src.data import corpus, tokens
-from src.data.corpus import STORY, read_corpus
+from src.data.corpus import PREPARED, STORY, find_files, read_corpus
+from src.data.documents import ENDINGS
 from src.data.tokens import split_tokens, tokenise
 from src.tokenizer import encode, gpt2_tokenizer
 
@@ -39,6 +40,50 @@ def test_file_folder_and_glob(tmp_path):
     assert documents(tmp_path) == ["first", "second", "third"]
     assert documents(tmp_path / "*.md") == ["other"]
     assert documents(tmp_path / "**" / "c.txt") == ["third"]
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path, monkeypatch):
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for file in texts / "a" / "one.txt", texts / "b[1]" / "two.txt", elsewhere / "deep" / "three.txt":
+        file.parent.mkdir(parents=True)
+        file.write_text(file.stem)
+    (texts / "a" / ".hidden").mkdir()
+    (texts / "a" / ".hidden" / "four.txt").write_text("four")
+    for link, target in {
+        texts / "a" / "up": texts,  # two loops, which a glob would follow in 2 ** 40 ways
+        texts / "b[1]" / "up": texts,
+        texts / "a" / "0.txt": texts / "b[1]" / "two.txt",
+        texts / "again": texts / "b[1]",
+        texts / "linked": elsewhere,
+        elsewhere / "back": texts / "a",
+    }.items():
+        link.symlink_to(target)
+    assert documents(texts) == ["four", "one", "two", "three"]
+    one, two, three = texts / "a" / "one.txt", texts / "b[1]" / "two.txt", texts / "linked" / "deep" / "three.txt"
+
+    def found(*pattern: str) -> list[Path]:
+        return find_files(str(tmp_path.joinpath(*pattern)), "data.path", ())
+
+    assert found("texts", "**", "*.txt") == found("texts", "**") == [one, two, three]
+    assert found("texts", "*", "*.txt") == [one, two]
+    assert found("texts", "**", "deep", "**", "*.txt") == [three]
+    assert found("*", "**", "*.txt") == [elsewhere / "deep" / "three.txt", one, two]
+    monkeypatch.chdir(texts)
+    assert find_files("**/*.txt", "data.path", ()) == [
+        Path("a/one.txt"),
+        Path("b[1]/two.txt"),
+        three.relative_to(texts),
+    ]
+
+
+@pytest.mark.parametrize("ending", PREPARED)
+def test_what_is_to_be_prepared_names_the_command(tmp_path, ending):
+    assert ending in ENDINGS
+    path = tmp_path / f"a{ending}"
+    path.write_text('{"text": "a"}')
+    command = f"python -m src.prepare source={path} output=my_shards, then data=shards data.path=my_shards"
+    with pytest.raises(ValueError, match=f"^data.path: {path} is no plain text: {command}$"):
+        read_corpus(str(path))
 
 
 def test_hash_tells_where_files_end(tmp_path):
