@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's has more
 BREAK = re.compile(f"(?<=[^{WHITE}])[{WHITE}]")
 LONG = 2**16  # white space in a row that is split before tiktoken's regex sees it; its stack ends at about a million
-LONGEST = 2**22  # characters held in memory for want of a break; tokenising them takes 50 to 130 bytes each
+LONGEST = 5_000_000  # characters held in memory for want of a break; tokenising them takes 50 to 130 bytes each
 
 
 @functools.cache

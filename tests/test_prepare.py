@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -188,9 +189,9 @@ def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending, val):
 
     monkeypatch.setattr(shard_writer.os, "fsync", counted(fsync))
     monkeypatch.setattr(shard_writer.Path, "replace", counted(replace))
-    cuts, progress = 0, []
+    cuts, progress, dividing, closing = 0, [], set(), itertools.count(1)
     for moment in range(100):
-        left = 12 + moment % 7 + moment // 20  # at last enough for the end, in which the first shard is divided
+        left = next(closing) if progress[-1:] == [[len(sources), 0, 0]] else 12 + moment % 7
         try:
             prepare_shards(config(sources, tmp_path / "cut", **sizes), chunk=400, save_every=0)
             break
@@ -201,7 +202,10 @@ def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending, val):
                     file.write(b"rubbish")
             notes = json.loads((tmp_path / "cut" / MANIFEST).read_text())
             progress.append(notes.get("end", [9, 0, 0]))
+            if list((tmp_path / "cut").glob("*.undivided")) and list((tmp_path / "cut").glob("*_val_*.bin")):
+                dividing.add(notes["complete"])
     assert cuts > 5
+    assert dividing == (set() if val else {False, True})
     assert progress == sorted(progress)
     assert made(tmp_path / "cut") == made(tmp_path / "whole")
 
@@ -248,7 +252,7 @@ BROKEN = {  # name, content, a part of the message
     "no key": ("a.jsonl", b'{"content": "a", "id": 3}', "no key text (it has: content, id): text_key=<one of these>"),
     "no text": ("a.jsonl", b'{"text": "a"}\n\n{"text": 5}', "line 3 has no text under text, but 5"),
     "nulls alone": ("a.jsonl", b'{"text": null}\n{"text": null}', "source holds no document (2 null): source="),
-    "one word without end": ("a.txt.gz", gzip.compress(b"a" * 2**23), "a.txt.gz has more than 4,194,304 characters"),
+    "one word without end": ("a.txt.gz", gzip.compress(b"a" * 2**23), "a.txt.gz has more than 5,000,000 characters"),
     "no UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2 is not UTF-8, see its byte 10"),
     "no UTF-8 in text": ("a.txt", b"abc\xff", "a.txt is not UTF-8, see byte 3"),
     "deep JSON": ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
@@ -295,7 +299,7 @@ def test_a_wrong_key_leaves_nothing_in_the_way_of_the_right_one(tmp_path):
 def test_a_small_file_that_unfolds_to_a_gigabyte_takes_little_memory(tmp_path, name):
     begin, block, message = {
         "line": (b'{"text": "', b"a" * 2**24, "line 1 has more than 32 MiB: source="),
-        "zeros": (b"", bytes(2**24), "has more than 4,194,304 characters without a word boundary: source="),
+        "zeros": (b"", bytes(2**24), "has more than 5,000,000 characters without a word boundary: source="),
         "lines": (b"", b"\n" * 2**18, "source holds no document: source="),
     }[name.split(".")[0]]
     if name.endswith(".gz"):
