@@ -3,17 +3,21 @@ import itertools
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from src.cli import CONF
 from src.data import corpus, tokens
-from src.data.corpus import PREPARED, STORY, find_files, read_corpus
+from src.data.corpus import PREPARED, STORY, read_corpus
 from src.data.documents import ENDINGS
+from src.data.files import find_files
 from src.data.tokens import split_tokens, tokenise
 from src.tokenizer import encode, gpt2_tokenizer
 
@@ -166,6 +170,38 @@ def test_large_text_is_tokenised_once_into_a_cache(tmp_path, monkeypatch, caplog
     assert "is damaged: tokenising again" in caplog.text
     assert np.array_equal(again, expected)
     assert not list(cache.glob("*.part"))
+
+
+def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
+    """In containers of their own they may have the same process number; here two threads have."""
+    monkeypatch.setattr(tokens, "LARGE", 100)
+    file, cache = tmp_path / "text.txt", tmp_path / "cache"
+    file.write_text("The ferry rang; nobody waited. " * 50)
+    cache.mkdir()
+    claimed = FileLock(cache / ("b" * 32 + ".lock"))
+    claimed.acquire()  # by a process that is tokenising another text
+    for name in "a" * 32 + ".tokens.part", "a" * 32 + ".tokens.77.part", "b" * 32 + ".tokens.part", "mine.part":
+        (cache / name).write_text("cut off")
+    write, begun = tokens._write, []
+
+    def slowly(path, *arguments):
+        begun.append(path)
+        time.sleep(0.3)
+        write(path, *arguments)
+
+    monkeypatch.setattr(tokens, "_write", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        made = [
+            pool.submit(split_tokens, read_corpus(str(file)), 0.9, gpt2_tokenizer(), cache_dir=str(cache))
+            for _ in range(3)
+        ]
+    assert len(begun) == 1
+    for each in made:
+        assert np.concatenate(each.result()).tolist() == np.concatenate(made[0].result()).tolist()
+    key = begun[0].stem
+    left = {f"{key}.tokens", f"{key}.json", "b" * 32 + ".lock", "b" * 32 + ".tokens.part", "mine.part"}
+    assert {path.name for path in cache.iterdir()} == left
+    claimed.release()
 
 
 def test_cache_that_cannot_be_written_is_told_with_its_cure(tmp_path, monkeypatch):

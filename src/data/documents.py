@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.data.corpus import BLOCK, decoded, find_files
+from src.data.corpus import BLOCK, decoded
+from src.data.files import find_files
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
