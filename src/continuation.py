@@ -30,7 +30,7 @@ def adopt_model(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> l
     """
     default, asked = asdict(GPTConfig()), OmegaConf.to_container(cfg.model)
     found = [
-        f"model.{key}={asked[key]} differs from {value} in weights={source}, which bring their own model: leave model, "
+        f"model.{key}={asked[key]} differs from {value} in {source}, which brings its own model: leave model, "
         f"model.{key} and experiments that set it away"
         for key, value in model.items()
         if key not in FREE and asked[key] not in (value, default[key])
@@ -96,7 +96,7 @@ def check_epoch(checkpoint: dict[str, Any], path: Path, windows: int) -> None:
         batch = checkpoint["batch_windows"]
         raise ValueError(
             f"an epoch would have {windows:,} windows, that of {path} has {before:,}, in batches of {batch}: "
-            f"trainer.devices x data.batch_size = {batch}"
+            f"trainer.devices x data.batch_size = {batch}, or weights={path} for a new run"
         )
 
 

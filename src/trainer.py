@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from src.training.config import EvalConfig
 from src.training.interruption import Interruption
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ DEFAULT_EPOCHS = 10
 def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> Trainer:
     from lightning.pytorch import Trainer
 
-    from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+    from src.callbacks.checkpoints import RunCheckpoints
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
     from src.training.checkpoint_io import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
@@ -46,22 +47,17 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
         options["val_check_interval"] = NEVER
-        callbacks.insert(0, EvaluationSchedule(cfg.eval.every_steps))
+        callbacks.insert(0, EvaluationSchedule(EvalConfig(**cfg.eval)))
     elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
         options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
     if options["enable_checkpointing"]:
-        checkpoints = folder / "checkpoints"
-        callbacks += [
-            BestCheckpoint(checkpoints),
-            LastCheckpoint(checkpoints, **cfg.checkpoint, interruption=interruption),
-        ]
+        callbacks.append(RunCheckpoints(folder / "checkpoints", **cfg.checkpoint, interruption=interruption))
     accelerator = pick_accelerator(options["accelerator"])
     if options["precision"] is None:
         options["precision"] = pick_precision(accelerator)
     if options["max_epochs"] is None and options["max_steps"] == -1:
         options["max_epochs"] = DEFAULT_EPOCHS
-    if options["enable_progress_bar"] is None:
-        options["enable_progress_bar"] = sys.stdout.isatty()
+    options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
         options["strategy"] = FullyShardedStrategy()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
