@@ -56,7 +56,8 @@ def prepare(cfg: DictConfig) -> None:
     for shard in manifest["shards"]:
         log.info("%s  %s tokens", shard["file"], f"{shard['tokens']:,}")
     counts = ", ".join(f"{manifest[key]:,} {key}" for key in ("tokens", "documents", "characters"))
-    print(f"{config.output}: {len(manifest['shards']):,} shards, {counts}")
+    skipped = f", {manifest['skipped']:,} skipped ({config.text_key} is null)" if manifest["skipped"] else ""
+    print(f"{config.output}: {len(manifest['shards']):,} shards, {counts}{skipped}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 RANK_TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 RANK_TABLE_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
-BREAK = re.compile(r"(?<=\S)[ \n](?=\S)")
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's has more
+BREAK = re.compile(f"(?<=[^{WHITE}])[{WHITE}]")
+LONG = 2**16  # white space in a row that is split before tiktoken's regex sees it; its stack ends at about a million
+LONGEST = 5_000_000  # characters held in memory for want of a break; tokenising them takes 50 to 130 bytes each
 
 
 @functools.cache
@@ -51,34 +55,67 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
     """
     tokenizer = tokenizer or gpt2_tokenizer()
     allowed = tokenizer.special_tokens_set if special_tokens == "parse" else set()
-    try:
-        tokens = tokenizer.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-    except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form: it becomes U+FFFD
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tokens = tokenizer.encode_to_numpy(whole, allowed_special=allowed, disallowed_special=())
-    return tokens.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+
+    def ids(text: str) -> np.ndarray:
+        try:
+            return tokenizer.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form: it becomes U+FFFD
+            return ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:  # the stack of tiktoken's regex
+            parts = split_white_space(text, allowed)
+            if len(parts) == 1:
+                raise
+            return np.concatenate([ids(part) for part in parts])
+
+    return ids(text).astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+
+
+def split_white_space(text: str, special_tokens: set[str], long: int = LONG) -> list[str]:
+    r"""``text`` cut in each run of at least ``long`` white space; the tokens of the parts, end to end, are its own.
+
+    Where anything but white space follows, GPT-2's pattern ends such a run one character early, by ``\s+(?!\S)``, for
+    which tiktoken's regex keeps an entry per character on its stack. At the end of a text, and before one of
+    ``special_tokens``, it takes the whole run, by ``\s++$``, and keeps none: so a part that ends where the run would
+    have ended gives the same tokens.
+    """
+    cuts = [0]
+    for run in re.finditer(f"[{WHITE}]+", text):
+        ends_early = run.end() < len(text) and not any(text.startswith(token, run.end()) for token in special_tokens)
+        if len(run[0]) >= long and ends_early:
+            cuts.append(run.end() - 1)
+    return [text[first:last] for first, last in itertools.pairwise([*cuts, len(text)])]
 
 
 def encode_pieces(
-    pieces: Iterable[str], tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse"
+    pieces: Iterable[str],
+    tokenizer: tiktoken.Encoding | None = None,
+    special_tokens: str = "parse",
+    source: str = "text",
 ) -> Iterator[np.ndarray]:
-    """Token ids of one text that comes in ``pieces``: end to end, those that :func:`encode` gives for the whole."""
-    return (encode(piece, tokenizer, special_tokens) for piece in separable(pieces))
+    """Token ids of one text that comes in ``pieces``: end to end, those that :func:`encode` gives for the whole. See
+    :func:`separable`."""
+    return (encode(piece, tokenizer, special_tokens) for piece in separable(pieces, source))
 
 
-def separable(pieces: Iterable[str]) -> Iterator[str]:
-    """The ``pieces`` of one text, cut anew so that each can be encoded by itself.
+def separable(pieces: Iterable[str], source: str = "text") -> Iterator[str]:
+    """The ``pieces`` of one text, cut anew so that each can be encoded by itself: where white space begins, GPT-2's
+    pattern always starts anew.
 
-    A piece is held back from its last space or line break between two other characters on, where GPT-2's pattern always
-    starts anew. A text without any is held as a whole.
+    Raises:
+        ValueError: more than ``LONGEST`` characters without such a place; ``source`` is what to blame, ``key: file``.
     """
-    rest, searched = "", 0
+    rest, searched = "", 1
     for piece in pieces:
         if cut := _last_break(rest, searched):
             yield rest[:cut]
             rest = rest[cut:]
-        searched = max(len(rest) - 1, 0)
+        searched = max(len(rest), 1)
         rest += piece
+        if len(rest) > LONGEST and not BREAK.search(rest, searched, LONGEST + 1):
+            raise ValueError(
+                f"{source} has more than {LONGEST:,} characters without a word boundary: "
+                f"{source.partition(':')[0]}=<the file with line breaks>"
+            )
     if rest:
         yield rest
 

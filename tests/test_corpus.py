@@ -3,16 +3,21 @@ import itertools
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from src.cli import CONF
 from src.data import corpus, tokens
-from src.data.corpus import STORY, read_corpus
+from src.data.corpus import PREPARED, STORY, read_corpus
+from src.data.documents import ENDINGS
+from src.data.files import find_files
 from src.data.tokens import split_tokens, tokenise
 from src.tokenizer import encode, gpt2_tokenizer
 
@@ -39,6 +44,50 @@ def test_file_folder_and_glob(tmp_path):
     assert documents(tmp_path) == ["first", "second", "third"]
     assert documents(tmp_path / "*.md") == ["other"]
     assert documents(tmp_path / "**" / "c.txt") == ["third"]
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path, monkeypatch):
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for file in texts / "a" / "one.txt", texts / "b[1]" / "two.txt", elsewhere / "deep" / "three.txt":
+        file.parent.mkdir(parents=True)
+        file.write_text(file.stem)
+    (texts / "a" / ".hidden").mkdir()
+    (texts / "a" / ".hidden" / "four.txt").write_text("four")
+    for link, target in {
+        texts / "a" / "up": texts,  # two loops, which a glob would follow in 2 ** 40 ways
+        texts / "b[1]" / "up": texts,
+        texts / "a" / "0.txt": texts / "b[1]" / "two.txt",
+        texts / "again": texts / "b[1]",
+        texts / "linked": elsewhere,
+        elsewhere / "back": texts / "a",
+    }.items():
+        link.symlink_to(target)
+    assert documents(texts) == ["four", "one", "two", "three"]
+    one, two, three = texts / "a" / "one.txt", texts / "b[1]" / "two.txt", texts / "linked" / "deep" / "three.txt"
+
+    def found(*pattern: str) -> list[Path]:
+        return find_files(str(tmp_path.joinpath(*pattern)), "data.path", ())
+
+    assert found("texts", "**", "*.txt") == found("texts", "**") == [one, two, three]
+    assert found("texts", "*", "*.txt") == [one, two]
+    assert found("texts", "**", "deep", "**", "*.txt") == [three]
+    assert found("*", "**", "*.txt") == [elsewhere / "deep" / "three.txt", one, two]
+    monkeypatch.chdir(texts)
+    assert find_files("**/*.txt", "data.path", ()) == [
+        Path("a/one.txt"),
+        Path("b[1]/two.txt"),
+        three.relative_to(texts),
+    ]
+
+
+@pytest.mark.parametrize("ending", PREPARED)
+def test_what_is_to_be_prepared_names_the_command(tmp_path, ending):
+    assert ending in ENDINGS
+    path = tmp_path / f"a{ending}"
+    path.write_text('{"text": "a"}')
+    command = f"python -m src.prepare source={path} output=my_shards, then data=shards data.path=my_shards"
+    with pytest.raises(ValueError, match=f"^data.path: {path} is no plain text: {command}$"):
+        read_corpus(str(path))
 
 
 def test_hash_tells_where_files_end(tmp_path):
@@ -121,6 +170,38 @@ def test_large_text_is_tokenised_once_into_a_cache(tmp_path, monkeypatch, caplog
     assert "is damaged: tokenising again" in caplog.text
     assert np.array_equal(again, expected)
     assert not list(cache.glob("*.part"))
+
+
+def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
+    """In containers of their own they may have the same process number; here two threads have."""
+    monkeypatch.setattr(tokens, "LARGE", 100)
+    file, cache = tmp_path / "text.txt", tmp_path / "cache"
+    file.write_text("The ferry rang; nobody waited. " * 50)
+    cache.mkdir()
+    claimed = FileLock(cache / ("b" * 32 + ".lock"))
+    claimed.acquire()  # by a process that is tokenising another text
+    for name in "a" * 32 + ".tokens.part", "a" * 32 + ".tokens.77.part", "b" * 32 + ".tokens.part", "mine.part":
+        (cache / name).write_text("cut off")
+    write, begun = tokens._write, []
+
+    def slowly(path, *arguments):
+        begun.append(path)
+        time.sleep(0.3)
+        write(path, *arguments)
+
+    monkeypatch.setattr(tokens, "_write", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        made = [
+            pool.submit(split_tokens, read_corpus(str(file)), 0.9, gpt2_tokenizer(), cache_dir=str(cache))
+            for _ in range(3)
+        ]
+    assert len(begun) == 1
+    for each in made:
+        assert np.concatenate(each.result()).tolist() == np.concatenate(made[0].result()).tolist()
+    key = begun[0].stem
+    left = {f"{key}.tokens", f"{key}.json", "b" * 32 + ".lock", "b" * 32 + ".tokens.part", "mine.part"}
+    assert {path.name for path in cache.iterdir()} == left
+    claimed.release()
 
 
 def test_cache_that_cannot_be_written_is_told_with_its_cure(tmp_path, monkeypatch):

@@ -107,6 +107,8 @@ def test_files_can_be_read_in_one_sitting():
         "src/data/windows.py",  # windows, their order, and each rank's part of it
         "src/data/prepare.py",  # from files to shards, and whether a folder may be gone on with
         "src/data/shard_writer.py",  # one writer, and all that a kill may leave behind
+        "src/data/tokens.py",  # a corpus as tokens, and the cache of them that processes share
+        "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
         "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
         "src/benchmark.py",  # three measurements, from the processes to the table
         "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -21,8 +22,8 @@ from src.cli import CONF
 from src.data import documents, prepare, shard_writer
 from src.data.config import PrepareConfig
 from src.data.prepare import prepare_shards
-from src.data.shards import HEADER, MAGIC, MANIFEST
-from src.tokenizer import encode
+from src.data.shards import HEADER, MAGIC, MANIFEST, read_shards
+from src.tokenizer import encode, gpt2_tokenizer
 
 TEXTS = [
     story_of(400),
@@ -111,45 +112,68 @@ def test_literal_end_of_text_and_lone_surrogates(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.text("ab \n\u2003é天'1", max_size=60), min_size=1, max_size=8),
+    st.lists(st.text("ab \n\u2003é天'1", max_size=60) | st.none(), min_size=1, max_size=8), st.sampled_from([0, None]),
     st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.sampled_from([".jsonl", ".txt"]),
 )  # fmt: skip
-def test_same_bytes_whatever_the_pieces_and_workers(tmp_path_factory, texts, chunk, shard, workers, ending):
-    folder = tmp_path_factory.mktemp("any")
+def test_same_bytes_whatever_the_pieces_and_workers(tmp_path_factory, texts, val, chunk, shard, workers, ending):
+    folder, there = tmp_path_factory.mktemp("any"), [text for text in texts if text is not None]
+    if not any(there):
+        return
     if ending == ".txt":
+        texts = there
         files = [folder / f"{number}.txt" for number in range(len(texts))]
         for file, text in zip(files, texts, strict=True):
             file.write_bytes(text.encode())
     else:
         files = [json_lines(folder / "all.jsonl", texts)]
-    if not any(texts):
-        return
-    sizes = {"shard_tokens": shard, "val_tokens": 0}
+    sizes = {"shard_tokens": shard, "val_tokens": val}
     whole = prepare_shards(config(files, folder / "whole", **sizes, workers=1))
     prepare_shards(config(files, folder / "other", **sizes, workers=workers), chunk=chunk, save_every=0)
     assert made(folder / "whole") == made(folder / "other")
-    assert whole["characters"] == sum(map(len, texts))
-    ends = np.cumsum([1 + len(encode(text)) for text in texts])
-    begins = [0, *ends[:-1].tolist()]
-    for number, counted in enumerate(whole["shards"]):
-        assert counted["documents"] == sum(number * shard <= begin < (number + 1) * shard for begin in begins)
+    assert whole["characters"] == sum(map(len, there))
+    assert (whole["documents"], whole["skipped"]) == (len(there), len(texts) - len(there))
+    assert whole["tokens"] == sum(shard["tokens"] for shard in whole["shards"])
+    assert whole["tokens"] == sum(1 + len(encode(text)) for text in there)
+
+
+@pytest.mark.parametrize("shard", [10**6, 10**3, 300, len(EXPECTED) // 10, 50])
+def test_a_tenth_validates_unless_that_is_more_than_a_shard(tmp_path, shard):
+    total, output = len(EXPECTED), tmp_path / "out"
+    val = min(total // 10, shard)
+    manifest = prepare_shards(config(json_lines(tmp_path / "a.jsonl"), output, shard_tokens=shard, val_tokens=None))
+    counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+    expected = {"s_val_000000.bin": val, "s_train_000000.bin": min(shard, total) - val}
+    expected |= {f"s_train_{at // shard:06d}.bin": min(shard, total - at) for at in range(shard, total, shard)}
+    assert counts == {name: tokens for name, tokens in expected.items() if tokens}
+    assert {file.name for file in output.iterdir()} == {MANIFEST, *counts}
+    tokens = [np.fromfile(output / name, "<u2", offset=HEADER) for name in counts]
+    assert np.concatenate(tokens).tolist() == EXPECTED
+    for about in manifest["shards"]:
+        assert hashlib.sha256((output / about["file"]).read_bytes()).hexdigest() == about["sha256"]
+    assert json.loads((output / MANIFEST).read_text()) == manifest
+    assert manifest["settings"]["val_tokens"] is None
+    train, validation, _ = read_shards(str(output), 0.9, gpt2_tokenizer())
+    assert (validation[:].tolist(), train[:].tolist()) == (EXPECTED[:val], EXPECTED[val:])
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet", ".txt"])
-def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending):
+@pytest.mark.parametrize(
+    ("ending", "val"), [(".jsonl", 50), (".jsonl", None), (".jsonl.gz", None), (".parquet", 50), (".txt", None)]
+)
+def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending, val):
     """The n-th time anything is made durable the process is gone, and what it had not flushed is anyone's guess."""
-    texts = [*TEXTS, "".join(TEXTS)]
+    texts = [*TEXTS, None, "".join(TEXTS)]
     if ending == ".txt":
         sources = [tmp_path / "a.txt", tmp_path / "b.txt"]
         for source in sources:
-            source.write_bytes("\n".join(texts).encode())
+            source.write_bytes("\n".join(filter(None, texts)).encode())
     else:
         sources = [write(tmp_path / f"a{ending}", texts)]
-    prepare_shards(config(sources, tmp_path / "whole", shard_tokens=700))
+    sizes = {"shard_tokens": 700, "val_tokens": val}
+    prepare_shards(config(sources, tmp_path / "whole", **sizes))
     fsync, replace = os.fsync, Path.replace
     left = 0
 
@@ -165,11 +189,11 @@ def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending):
 
     monkeypatch.setattr(shard_writer.os, "fsync", counted(fsync))
     monkeypatch.setattr(shard_writer.Path, "replace", counted(replace))
-    cuts, progress = 0, []
+    cuts, progress, dividing, closing = 0, [], set(), itertools.count(1)
     for moment in range(100):
-        left = 12 + moment % 7
+        left = next(closing) if progress[-1:] == [[len(sources), 0, 0]] else 12 + moment % 7
         try:
-            prepare_shards(config(sources, tmp_path / "cut", shard_tokens=700), chunk=400, save_every=0)
+            prepare_shards(config(sources, tmp_path / "cut", **sizes), chunk=400, save_every=0)
             break
         except Killed:
             cuts += 1
@@ -178,7 +202,10 @@ def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending):
                     file.write(b"rubbish")
             notes = json.loads((tmp_path / "cut" / MANIFEST).read_text())
             progress.append(notes.get("end", [9, 0, 0]))
+            if list((tmp_path / "cut").glob("*.undivided")) and list((tmp_path / "cut").glob("*_val_*.bin")):
+                dividing.add(notes["complete"])
     assert cuts > 5
+    assert dividing == (set() if val else {False, True})
     assert progress == sorted(progress)
     assert made(tmp_path / "cut") == made(tmp_path / "whole")
 
@@ -223,7 +250,9 @@ BROKEN = {  # name, content, a part of the message
     "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is no JSON"),
     "no object": ("a.jsonl", b'["a"]', "line 1 is no JSON object"),
     "no key": ("a.jsonl", b'{"content": "a", "id": 3}', "no key text (it has: content, id): text_key=<one of these>"),
-    "no text": ("a.jsonl", b'{"text": "a"}\n\n{"text": null}', "line 3 has no text under text, but null"),
+    "no text": ("a.jsonl", b'{"text": "a"}\n\n{"text": 5}', "line 3 has no text under text, but 5"),
+    "nulls alone": ("a.jsonl", b'{"text": null}\n{"text": null}', "source holds no document (2 null): source="),
+    "one word without end": ("a.txt.gz", gzip.compress(b"a" * 2**23), "a.txt.gz has more than 5,000,000 characters"),
     "no UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2 is not UTF-8, see its byte 10"),
     "no UTF-8 in text": ("a.txt", b"abc\xff", "a.txt is not UTF-8, see byte 3"),
     "deep JSON": ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
@@ -246,7 +275,58 @@ BROKEN = {  # name, content, a part of the message
 def test_broken_source_is_one_line(tmp_path, what):
     name, content, message = BROKEN[what]
     (tmp_path / name).write_bytes(content)
-    assert message in refused(config(tmp_path / name, tmp_path / "out"))
+    assert message in refused(config(tmp_path / name, tmp_path / "out" / "deeper"))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_one_token_cannot_be_divided(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}')
+    assert "holds only 1 token: source=" in refused(config(tmp_path / "a.jsonl", tmp_path / "out", val_tokens=None))
+
+
+def test_a_wrong_key_leaves_nothing_in_the_way_of_the_right_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "a b c d"}\n{"content": null}\n' * 9)
+    for output in tmp_path / "new" / "out", tmp_path:
+        assert "no key text (it has: content)" in refused(config(tmp_path / "a.jsonl", output / "x"))
+        assert not (output / "x").exists()
+    made = prepare_shards(config(tmp_path / "a.jsonl", tmp_path / "x", val_tokens=None, text_key="content"))
+    assert (made["documents"], made["skipped"], made["tokens"]) == (9, 9, 45)
+    assert not (tmp_path / "x" / ".lock").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures itself in Linux's /proc")
+@pytest.mark.parametrize("name", ["line.jsonl.gz", "line.jsonl.zst", "zeros.txt.zst", "lines.jsonl.zst"])
+def test_a_small_file_that_unfolds_to_a_gigabyte_takes_little_memory(tmp_path, name):
+    begin, block, message = {
+        "line": (b'{"text": "', b"a" * 2**24, "line 1 has more than 32 MiB: source="),
+        "zeros": (b"", bytes(2**24), "has more than 5,000,000 characters without a word boundary: source="),
+        "lines": (b"", b"\n" * 2**18, "source holds no document: source="),
+    }[name.split(".")[0]]
+    if name.endswith(".gz"):
+        packed = gzip.compress(begin) + gzip.compress(block) * 64
+    else:
+        compressor = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
+        packed = b"".join([compressor.compress(part) for part in [begin, *[block] * 64]]) + compressor.flush()
+    (tmp_path / name).write_bytes(packed)
+    assert len(packed) < 2**21
+    code = (
+        "import sys\n"
+        "from src.data.config import PrepareConfig\n"
+        "from src.data.prepare import prepare_shards\n"
+        "try:\n"
+        "    prepare_shards(PrepareConfig(sys.argv[1], sys.argv[2]))\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(int(peak.split()[1]) // 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "out")],
+        cwd=CONF.parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    error, peak = done.stdout.splitlines()
+    assert message in error
+    assert int(peak) < 400
 
 
 def test_broken_parquet_and_zstandard_are_one_line(tmp_path):
@@ -257,7 +337,7 @@ def test_broken_parquet_and_zstandard_are_one_line(tmp_path):
     assert "no column story (it has: id, text)" in refused(config(whole, tmp_path / "o1", text_key="story"))
     assert "row 1 has no text under id, but 1" in refused(config(whole, tmp_path / "o2", text_key="id"))
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
-    assert "row 2 has no text under text, but null" in refused(config(tmp_path / "null.parquet", tmp_path / "o3"))
+    assert prepare_shards(config(tmp_path / "null.parquet", tmp_path / "o3", val_tokens=None))["skipped"] == 1
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-9])
     assert "cut.parquet is no parquet that can be read" in refused(config(tmp_path / "cut.parquet", tmp_path / "o4"))
     packed = write(tmp_path / "a.jsonl.zst", TEXTS)
@@ -279,6 +359,7 @@ def test_other_text_other_settings_and_foreign_folders_are_refused(tmp_path):
     before = made(output)
     assert refused(config(source, output, shard_tokens=99)).endswith("shard_tokens=200, or output=<new>")
     assert "val_tokens=7 is not what" in refused(config(source, output, val_tokens=7))
+    assert "val_tokens=null is not what" in refused(config(source, output, val_tokens=None))
     assert prepare_shards(config(source, output, workers=3))["complete"]
     source.write_text(source.read_text().replace("ferry", "merry"))
     assert "a.jsonl is new or has changed" in refused(config(source, output))
@@ -319,3 +400,7 @@ def test_command(command, tmp_path):
     assert err.startswith("error: workers=0 must be at least 1")
     status, out, err = command("prepare", "source=nowhere", f"output={source}/x")
     assert err.count("error: ") == err.count("\n") == 2
+    source.write_text('{"text": null}\n' + source.read_text())
+    status, out, err = command("prepare", f"source={source}", f"output={output}2")
+    assert status == 0, err
+    assert out.endswith("6 documents, " + f"{sum(map(len, TEXTS)):,} characters, 1 skipped (text is null)\n")

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from conftest import FAST, story_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.data import shards
+from src.data import shard_check, shards
 from src.data.config import PrepareConfig
 from src.data.datamodule import TextDataModule
 from src.data.prepare import prepare_shards
+from src.data.shard_check import ShardCheck
 from src.data.shards import MANIFEST, ShardTokens, header, read_shards
 from src.data.windows import SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
@@ -162,6 +164,70 @@ def test_a_run_on_shards_resumes_to_the_same_bits(tiny_run, at_batch, prepared):
         tiny_run(*common, resume=folder)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The user's cache."""
+    import pooch
+
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    return tmp_path / "cache"
+
+
+def overwrite_the_middle(file) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(1024 + 200)
+        stream.write(b"\7\0" * 50)
+
+
+@pytest.mark.parametrize("found", ["at once", "at the end"])
+def test_a_damaged_shard_stops_the_run(tiny_run, tmp_path, monkeypatch, prepared, cache, found):
+    run = ("data=shards", f"data.path={prepared}", "trainer.max_steps=3", "callbacks=none")
+    overwrite_the_middle(prepared / "prepared_train_000002.bin")
+    start, verify, finish = ShardCheck.start, shard_check._verify, ShardCheck.finish
+    ending = threading.Event()
+    if found == "at once":
+        monkeypatch.setattr(ShardCheck, "start", lambda self: (start(self), self._thread.join()))
+    else:
+        monkeypatch.setattr(shard_check, "_verify", lambda *arguments: (ending.wait(60), verify(*arguments)))
+        monkeypatch.setattr(ShardCheck, "finish", lambda self: (ending.set(), finish(self)))
+    with pytest.raises(ValueError, match=r"^data\.path: .*train_000002\.bin is damaged, .* data\.path=") as error:
+        tiny_run(*run, folder=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert record.get("optimizer_steps", 0) == (0 if found == "at once" else 3)
+
+
+def test_a_shard_is_verified_once_and_after_each_change(monkeypatch, prepared, cache):
+    read = []
+    update = shard_check._remember
+    monkeypatch.setattr(shard_check, "_remember", lambda path, state: (read.append(path), update(path, state)))
+
+    def verified() -> list[str]:
+        read.clear()
+        check = ShardCheck([*prepared.glob("*.bin")] * 2)
+        check.start()
+        check.finish()
+        return sorted(read)
+
+    files = sorted(str(file.resolve()) for file in prepared.glob("*.bin"))
+    assert verified() == files
+    assert verified() == []
+    (prepared / "prepared_train_000001.bin").write_bytes((prepared / "prepared_train_000001.bin").read_bytes())
+    assert verified() == [files[0]]
+    for file in (cache / "gpt2-lightning").iterdir():
+        file.write_text("[1")
+    assert verified() == files
+    overwrite_the_middle(prepared / "prepared_train_000001.bin")
+    with pytest.raises(ValueError, match=r"train_000001\.bin is damaged"):
+        verified()
+    (prepared / "prepared_train_000001.bin").unlink()
+    check = ShardCheck([prepared / "prepared_train_000001.bin"])
+    check.start()
+    with pytest.raises(ValueError, match=r"cannot read .*train_000001\.bin \(No such file"):
+        check.finish()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_foreign_id_stops_a_run_in_one_line(tiny_run, tmp_path, num_workers):
     shard(tmp_path / "x_train_1.bin", [50300] * 600)
@@ -183,15 +249,25 @@ def test_evaluate_reads_shards(command, prepared, small_weights, tmp_path):
     assert losses == {"val": counts[0] - 1, "train": sum(counts[1:]) - 1, "all": sum(counts) - 1}
 
 
-def test_twenty_gigabytes_cost_nothing_beforehand(tmp_path):
+def test_twenty_gigabytes_cost_nothing_beforehand(tmp_path, monkeypatch):
     """Sparse files: what is never read is never there."""
-    for number in range(20):
-        with (tmp_path / f"x_train_{number:06d}.bin").open("wb") as file:
+    files = [tmp_path / f"x_train_{number:06d}.bin" for number in range(20)]
+    for path in files:
+        with path.open("wb") as file:
             file.write(header(5 * 10**8))
             file.truncate(1024 + 10**9)
+    about = {"complete": True, "tokenizer": shards.fingerprint(gpt2_tokenizer())}
+    about["shards"] = [{"file": path.name, "sha256": "of other tokens"} for path in files]
+    (tmp_path / MANIFEST).write_text(json.dumps(about))
+    verified, read = [], threading.Event()
+    monkeypatch.setattr(shard_check, "_verify", lambda file, _: read.wait(60) and verified.append(file))
     data = TextDataModule(format="shards", path=str(tmp_path), context_length=1024, batch_size=8)
     data.setup()
     inputs, _ = next(iter(data.train_dataloader()))
     assert inputs.shape == (8, 1024)
     assert len(data.train_windows.tokens) == 9 * 10**9
     assert len(set(data.token_offsets(3, 10**6))) == 8
+    assert verified == []
+    read.set()
+    data.teardown("fit")
+    assert verified == files

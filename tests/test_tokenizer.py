@@ -7,11 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from src import tokenizer
 from src.tokenizer import (
+    END_OF_TEXT,
     RANK_TABLE,
     encode,
     encode_pieces,
     gpt2_tokenizer,
+    separable,
+    split_white_space,
     text_to_token_ids,
     token_byte_counts,
     token_bytes,
@@ -95,3 +99,41 @@ def test_pieces_of_a_text_give_the_tokens_of_the_whole(pieces, special_tokens):
         whole = encode("".join(parts), special_tokens=special_tokens)
         tokens = encode_pieces(parts, special_tokens=special_tokens)
         assert [token for part in tokens for token in part] == whole.tolist()
+
+
+@given(st.lists(st.one_of(ODD, st.sampled_from([" ", "\n", END_OF_TEXT, "x", "\x1c"]))), st.integers(1, 4))
+def test_long_white_space_is_cut_where_it_changes_nothing(pieces, long):
+    text, reference = "".join(pieces), gpt2_tokenizer().encode
+    for special in set(), {END_OF_TEXT}:
+        parts = split_white_space(text, special, long)
+        assert "".join(parts) == text
+        tokens = [token for part in parts for token in reference(part, allowed_special=special, disallowed_special=())]
+        assert tokens == reference(text, allowed_special=special, disallowed_special=())
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u2003", " \n"])
+def test_white_space_beyond_the_stack_of_the_regex(space):
+    run = space * (1_200_000 // len(space))
+    for begin, end in ("", "x"), ("a", END_OF_TEXT + run + "b"):
+        text = begin + run + end
+        tokens = encode(text)
+        assert token_byte_counts()[tokens].sum() == len(text.replace(END_OF_TEXT, "").encode())
+        assert tokens[-1] == encode(text[-1:] if space == "\n" else text[-2:])[-1]
+        kept = encode_pieces([text[first : first + 2**18] for first in range(0, len(text), 2**18)])
+        assert np.array_equal(np.concatenate(list(kept)), tokens)
+
+
+def test_only_so_much_is_held_for_want_of_a_word_boundary(monkeypatch):
+    """Whether a text is refused does not depend on the pieces that it comes in."""
+    monkeypatch.setattr(tokenizer, "LONGEST", 10)
+    for word, fits in (" xxxxxxxxx", True), (" xxxxxxxxxx", False), (" \n\n  xxxxx", True), (" \n\n  xxxxxx", False):
+        text = f"a b{word} c"
+        for size in 1, 2, 3, 7, 10:
+            pieces = [text[first : first + size] for first in range(0, len(text), size)]
+            if fits:
+                assert "".join(separable(pieces)) == text
+            else:
+                with pytest.raises(
+                    ValueError, match=r"^source: a\.txt has more than 10 characters .*: source=<the file"
+                ):
+                    list(separable(pieces, "source: a.txt"))

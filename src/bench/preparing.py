@@ -28,7 +28,8 @@ def shards(connection: Connection, source: str, workers: int) -> None:
 
 def tiktoken(connection: Connection, source: str, workers: int) -> None:
     """A rival that encodes the documents of ``source``, already in memory, with tiktoken's own threads."""
-    texts = ["".join(pieces) for file in find_sources([source]) for _, pieces in read_documents(file)]
+    documents = (pieces for file in find_sources([source]) for _, pieces in read_documents(file))
+    texts = ["".join(pieces) for pieces in documents if pieces is not None]
     tokenizer = gpt2_tokenizer()
 
     def run() -> float:

@@ -63,7 +63,7 @@ class PrepareConfig:
     name: str | None = None
     text_key: str = "text"
     shard_tokens: int = 100_000_000
-    val_tokens: int | None = None  # None: as many as shard_tokens
+    val_tokens: int | None = None  # None: a tenth of all, at most shard_tokens
     special_tokens: str = "parse"
     workers: int | None = None  # None: one per core
 

@@ -4,7 +4,6 @@ Text is never held as a whole: it is read, checked and hashed block by block, so
 """
 
 import codecs
-import glob
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.data.download import fetch
+from src.data.files import find_files
 
 STORY = Path(__file__).parents[1] / "assets" / "story.txt"
 BLOCK = 2**20  # bytes read at a time
+PREPARED = (".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # what src.prepare reads
 OTHER_FORMATS = {
     b"\x1f\x8b": "gzip: unpack it with gunzip",
     b"PK\x03\x04": "a zip archive: unpack it with unzip",
@@ -76,6 +77,11 @@ def read_corpus(
     source = path or url or "the packaged story"
     characters, digests, blank = [], [], True
     for file in files:
+        if file.name.endswith(PREPARED):
+            raise ValueError(
+                f"data.path: {file} is no plain text: python -m src.prepare source={file} output=my_shards, then "
+                f"data=shards data.path=my_shards"
+            )
         digest, count = hashlib.sha256(), 0
         for text in _decoded(file, digest):
             count += len(text)
@@ -131,29 +137,3 @@ def _not_utf8(file: Path, byte: int) -> str:
         f"data.path: {file} is not UTF-8, see byte {byte}: convert it, for instance with iconv -t UTF-8, then "
         f"data.path=<the converted file>"
     )
-
-
-def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
-    """The file, or the files that a glob pattern names, or those in a folder with one of ``endings``, in order.
-
-    Raises:
-        ValueError: none; ``key`` is the override to blame.
-    """
-    place = Path(path).expanduser()
-    try:
-        if place.is_dir():
-            files = sorted(file for file in place.rglob("*") if file.name.endswith(endings) and file.is_file())
-            if not files:
-                kinds = " or ".join(endings)
-                raise ValueError(f"{key}={path} is a folder without a {kinds} file: {key}='{path}/**/*.<ending>'")
-            return files
-        if place.exists():
-            if not place.is_file():
-                raise ValueError(f"{key}={path} is a device or a pipe: {key}=<a file, folder or glob>")
-            return [place]
-    except OSError as error:
-        raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {key}=<a readable file>") from None
-    files = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file())
-    if not files:
-        raise ValueError(f"{key}={path} does not exist (seen from {Path.cwd()}): {key}=<file, folder or glob>")
-    return files

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from src.data.config import DataConfig
+from src.data.shard_check import ShardCheck
 from src.data.shards import ShardTokens
 from src.data.tokens import read_split
 from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset, evenly_spread
@@ -43,7 +44,8 @@ class TextDataModule(LightningDataModule):
     spread over it, and as many of the training split; with ``eval_batches``, so many batches of either.
 
     Raises:
-        ValueError: an impossible setting, or, on ``setup``, a text or shards that cannot be read or are too short.
+        ValueError: an impossible setting; on ``setup``, a text or shards that cannot be read or are too short; while
+            it trains, or at the end of that, shards that are not what their manifest says.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class TextDataModule(LightningDataModule):
         self.val_windows: SlidingWindowDataset | None = None
         self._sampler: SeededSampler | None = None
         self._resumed = (0, 0)
+        self._shard_check = ShardCheck([])
 
     def prepare_data(self) -> None:
         if self.config.path is None and self.config.url is not None:
@@ -82,6 +85,8 @@ class TextDataModule(LightningDataModule):
             return
         train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
         self._check(train, val)
+        if self.config.format == "shards" and self.rank == 0:
+            self._shard_check = ShardCheck([*train.paths, *val.paths])
         context_length = self.config.context_length
         self.train_windows = SlidingWindowDataset(train, context_length, self.config.stride or context_length)
         self.val_windows = SlidingWindowDataset(val, context_length, context_length)
@@ -101,6 +106,7 @@ class TextDataModule(LightningDataModule):
         return len(self.train_windows) // self.step_windows
 
     def train_dataloader(self) -> DataLoader:
+        self._shard_check.start()
         self._sampler = self._order()
         self._sampler.resume_at(*self._resumed)
         share = RankSampler(self._sampler, self.config.batch_size, self.rank, self.world_size)
@@ -109,6 +115,14 @@ class TextDataModule(LightningDataModule):
     def _order(self) -> SeededSampler:
         config = self.config
         return SeededSampler(len(self.train_windows), config.shuffle, config.seed, self.step_windows)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self._shard_check.check()
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self._shard_check.finish()
 
     def val_dataloader(self) -> list[DataLoader]:
         """Loaders of the validation split and of the training split."""

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.data.corpus import BLOCK, decoded, find_files
+from src.data.corpus import BLOCK, decoded
+from src.data.files import find_files
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
 NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
 ROWS = 64  # of a parquet file, decoded at a time
+PACKED_BLOCK = 2**10  # bytes of zstandard unpacked at a time: four of them can stand for 128 KiB
+LINE = 2**25  # bytes of a line of JSON at most, which is held in memory as a whole, several times over
 
 Progress = Callable[[float], None]  # takes the number of bytes of the file that were read
 
@@ -49,11 +52,12 @@ def find_sources(paths: list[str]) -> list[Path]:
 
 def read_documents(
     file: Path, text_key: str = "text", first: int = 0, progress: Progress = lambda size: None
-) -> Iterator[tuple[int, Iterable[str]]]:
-    """The documents of ``file`` from record ``first`` on, each with the number of its record and its text in pieces.
+) -> Iterator[tuple[int, Iterable[str] | None]]:
+    """The documents of ``file`` from record ``first`` on, each with the number of its record and its text in pieces, or
+    None where it is null.
 
     The whole of a ``.txt`` file is one record; a line of ``.jsonl`` and a row of ``.parquet`` are one each, with the
-    text under ``text_key``. Lines of white space are no documents.
+    text under ``text_key``. Lines of white space are no records.
 
     Raises:
         ValueError: a file that is damaged, or holds something else; it names the line.
@@ -93,7 +97,7 @@ def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
     """What ``file`` holds, unpacked."""
     with file.open("rb") as packed:
         if file.suffix == ".zst":
-            blocks = _unpacked_zstandard(iter(lambda: packed.read(2**16), b""))
+            blocks = _unpacked_zstandard(iter(lambda: packed.read(PACKED_BLOCK), b""))
         else:
             stream = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
             blocks = iter(lambda: stream.read(BLOCK), b"")
@@ -107,33 +111,42 @@ def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
 def _unpacked_zstandard(blocks: Iterable[bytes]) -> Iterator[bytes]:
     import zstandard
 
-    frame = None
+    frame, unpacked = None, bytearray()
     try:
         for block in blocks:
             while block:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
+                unpacked += frame.decompress(block)
                 block = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
+            while len(unpacked) >= BLOCK:
+                yield bytes(unpacked[:BLOCK])
+                del unpacked[:BLOCK]
     except zstandard.ZstdError as error:
         raise zlib.error(str(error)) from None
     if frame is not None:  # zstandard itself keeps silent
         raise EOFError("it ends in the middle of a frame")
+    yield bytes(unpacked)
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    begun: list[bytes] = []
-    for block in blocks:
+def _lines(file: Path, progress: Progress) -> Iterator[bytes]:
+    begun = bytearray()
+    number = 1
+    for block in _blocks(file, progress):
         *ends, rest = block.split(b"\n")
         for end in ends:
-            yield b"".join([*begun, end])
+            yield b"".join((begun, end))
             begun.clear()
-        begun.append(rest)
-    yield b"".join(begun)
+            number += 1
+        begun += rest
+        if len(begun) > LINE:
+            what = f"line {number:,} has more than {LINE >> 20} MiB"
+            raise _bad(file, what, "source=<shorter lines, or the document as a .txt file of its own>")
+    yield bytes(begun)
 
 
-def _json_lines(file: Path, text_key: str, first: int, progress: Progress) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(_lines(_blocks(file, progress))):
+def _json_lines(file: Path, text_key: str, first: int, progress: Progress) -> Iterator[tuple[int, list[str] | None]]:
+    for number, line in enumerate(_lines(file, progress)):
         if number < first or not line.strip():
             continue
         where = f"line {number + 1:,}"
@@ -149,10 +162,10 @@ def _json_lines(file: Path, text_key: str, first: int, progress: Progress) -> It
         if text_key not in record:
             keys = ", ".join(map(str, list(record)[:8]))
             raise _bad(file, f"{where} has no key {text_key} (it has: {keys})", "text_key=<one of these>")
-        yield number, [_text(record[text_key], file, where, text_key)]
+        yield number, _text(record[text_key], file, where, text_key)
 
 
-def _rows(file: Path, text_key: str, first: int, progress: Progress) -> Iterator[tuple[int, list[str]]]:
+def _rows(file: Path, text_key: str, first: int, progress: Progress) -> Iterator[tuple[int, list[str] | None]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -172,7 +185,7 @@ def _rows(file: Path, text_key: str, first: int, progress: Progress) -> Iterator
                     for value in batch.column(0):
                         if number >= first:
                             where = f"row {number + 1:,}"
-                            yield number, [_text(_python(value, file, where), file, where, text_key)]
+                            yield number, _text(_python(value, file, where), file, where, text_key)
                         number += 1
                     progress(size * len(batch))
     except (pyarrow.ArrowException, OSError) as error:
@@ -187,8 +200,8 @@ def _python(value, file: Path, where: str):
         raise _bad(file, f"{where} is not UTF-8", "source=<a mended file>") from None
 
 
-def _text(value, file: Path, where: str, text_key: str) -> str:
-    if not isinstance(value, str):
+def _text(value, file: Path, where: str, text_key: str) -> list[str] | None:
+    if not isinstance(value, str | None):
         raise _bad(file, f"{where} has no text under {text_key}, but {json.dumps(value, default=repr)[:40]}",
                    "text_key=<another>, or source=<a mended file>")  # fmt: skip
-    return value
+    return None if value is None else [value]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from src.data.corpus import find_files
+from src.data.files import find_files
 from src.tokenizer import fingerprint
 
 MAGIC, VERSION = 20240520, 1

@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+from filelock import FileLock, Timeout
 from rich.progress import Progress, TransferSpeedColumn
 
 from src.data.config import DataConfig
@@ -67,13 +68,18 @@ def split_tokens(
     kept = _read(path)
     if kept is None:
         try:
-            _write(path, corpus, ranges, tokenizer, special_tokens)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_remains(path.parent)
+            with _claimed(path.stem, path.parent):
+                kept = _read(path)  # made by another process meanwhile
+                if kept is None:
+                    _write(path, corpus, ranges, tokenizer, special_tokens)
+                    kept = _read(path)
         except OSError as error:
             raise ValueError(
                 f"data.cache_dir={path.parent} cannot be written to ({error.strerror}; it takes about "
                 f"{characters / 2e9:.1f} GB): data.cache_dir=<a folder on another disk>"
             ) from error
-        kept = _read(path)
     return kept
 
 
@@ -85,7 +91,11 @@ def tokenise(
     special_tokens: str = "parse",
     progress: Callable[[int], None] = lambda characters: None,
 ) -> Iterator[np.ndarray]:
-    """Tokens of the characters ``first`` to ``last``, piece by piece, the same as of each document as a whole."""
+    """Tokens of the characters ``first`` to ``last``, piece by piece, the same as of each document as a whole.
+
+    Raises:
+        ValueError: a document without a word boundary for millions of characters.
+    """
 
     def texts(pieces: Iterator[tuple[int, str]]) -> Iterator[str]:
         for _, text in pieces:
@@ -94,10 +104,11 @@ def tokenise(
 
     documents = itertools.groupby(corpus.pieces(first, last), key=itemgetter(0))
     tokens = None
-    for _, pieces in documents:
+    for number, pieces in documents:
         if tokens is not None:
             yield np.array([tokenizer.eot_token], dtype=tokens.dtype)
-        for tokens in encode_pieces(texts(pieces), tokenizer, special_tokens):
+        source = f"data.path: {corpus.files[number]}"
+        for tokens in encode_pieces(texts(pieces), tokenizer, special_tokens, source):
             yield tokens
 
 
@@ -109,9 +120,34 @@ def _cache(folder: str | None) -> Path:
     return Path(pooch.os_cache(CACHE_NAME)) / "tokens"
 
 
+@contextmanager
+def _claimed(key: str, folder: Path, wait: bool = True) -> Iterator[None]:
+    """While one process makes the tokens of ``key``, the others wait, those of other machines and containers too."""
+    lock = FileLock(folder / f"{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise
+        log.info("waiting for another process that tokenises the same text into %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove the parts whose processes were killed: those that nobody claims."""
+    for part in folder.glob("[0-9a-f]" * 32 + ".tokens*.part"):
+        with suppress(OSError), _claimed(part.name[:32], folder, wait=False):
+            part.unlink(missing_ok=True)
+
+
 def _write(path: Path, corpus: Corpus, ranges, tokenizer: tiktoken.Encoding, special_tokens: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     digest, counts = hashlib.sha256(), []
     log.info("tokenising %s, %s characters, once, into %s", corpus.source, f"{sum(corpus.characters):,}", path)
     try:

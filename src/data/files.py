@@ -1,0 +1,77 @@
+"""Which files a path names: itself, those in a folder, those that a glob pattern matches."""
+
+import glob
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
+    """The file, or the files that a glob pattern names, or those in a folder with one of ``endings``, in order.
+
+    Links to folders are followed. What can be reached in several ways is one file, under its own name if it has one
+    there.
+
+    Raises:
+        ValueError: none; ``key`` is the override to blame.
+    """
+    place = Path(path).expanduser()
+    try:
+        if place.is_dir():
+            found = (Path(folder, name) for folder, names in _folders(place) for name in names)
+            files = _once(file for file in found if file.name.endswith(endings))
+            if not files:
+                kinds = " or ".join(endings)
+                raise ValueError(f"{key}={path} is a folder without a {kinds} file: {key}='{path}/**/*.<ending>'")
+            return files
+        if place.exists():
+            if not place.is_file():
+                raise ValueError(f"{key}={path} is a device or a pipe: {key}=<a file, folder or glob>")
+            return [place]
+    except OSError as error:
+        raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {key}=<a readable file>") from None
+    files = _once(_matches(str(place)))
+    if not files:
+        raise ValueError(f"{key}={path} does not exist (seen from {Path.cwd()}): {key}=<file, folder or glob>")
+    return files
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    found: dict[str, Path] = {}
+    for file in sorted({file for file in files if file.is_file()}, key=lambda file: (_linked(file), file)):
+        found.setdefault(os.path.realpath(file), file)
+    return sorted(found.values())
+
+
+def _linked(path: Path) -> bool:
+    return os.path.realpath(path) != os.path.abspath(path)
+
+
+def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """``top`` and the folders in it with the names of their files; each once, and through links last."""
+    seen, tops = set(), [str(top)]
+    while tops:
+        links = []
+        for folder, inner, names in itertools.chain.from_iterable(map(os.walk, tops)):
+            here = os.path.realpath(folder)
+            if here in seen:
+                inner.clear()
+                continue
+            seen.add(here)
+            links += [link for name in inner if os.path.islink(link := os.path.join(folder, name))]
+            yield folder, names
+        tops = sorted(links)
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """What ``pattern`` matches, as :func:`glob.glob` has it, which would follow a link that leads back up for ever."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    number = parts.index("**")
+    for top in glob.glob(os.path.join("", *parts[:number])) if number else ["."]:
+        for folder, _ in _folders(Path(top)):
+            if not any(part.startswith(".") for part in Path(folder).relative_to(top).parts):
+                yield from _matches(os.path.join(glob.escape(folder), *(parts[number + 1 :] or ["*"])))
