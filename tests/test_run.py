@@ -58,6 +58,7 @@ def test_folder_holds_what_the_readme_says(finished):
         ".lock",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
         "metrics.csv",
         "plots/loss.png",
         "plots/perplexity.png",
