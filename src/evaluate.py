@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from src import cli
 from src.data.config import DataConfig
 from src.evaluation.config import EvaluationConfig
+from src.files import write_json
 from src.interop.locate import problems_of_weights
 from src.record import git_revision, versions
 
@@ -113,7 +113,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "git": git_revision(),
         "seconds": time.perf_counter() - started,
     }
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "evaluation.json", result)
     log.info("evaluation folder: %s", folder)
     return result
 

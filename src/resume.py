@@ -2,11 +2,15 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +34,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     """
     flags = [argument for argument in overrides if "=" not in argument and not argument.startswith("~")]  # Hydra's own
     new = [argument for argument in overrides if argument not in flags and _key(argument) != "resume"]
-    given = [argument.split("=", 1)[-1].strip("'\"") for argument in overrides if _key(argument) == "resume"]
+    given = [_as_meant(argument.split("=", 1)[-1]) for argument in overrides if _key(argument) == "resume"]
     sweeping = {"-m", "--multirun"} & set(flags)
     if not given and not sweeping and (begun := _requeued(new)):
         given, new = [str(begun)], []  # the same command, started again
@@ -41,7 +45,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise ValueError(f"resume={asked} continues one run, not a sweep: leave -m away")
     folder = _latest(new) if asked == "latest" else Path(asked)
     record = read_record(folder)
-    if not record:
+    if not (folder / "run.json").is_file():
         raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
     saved = record.get("overrides")
     if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
@@ -94,7 +98,7 @@ def command_line(overrides: list[str]) -> str:
 
 
 def command_to_resume(folder: Path) -> str:
-    return command_line([f"resume={folder}"])
+    return command_line([f"resume={as_typed(folder)}"])
 
 
 def requeue(interrupted: Interrupted) -> None:
@@ -114,8 +118,22 @@ def _key(override: str) -> str:
 
 
 def quoted(path: Path) -> str:
-    """``path`` as the value of an override."""
-    return "'" + str(path).replace("'", "\\'") + "'"
+    """``path`` as the value of an override: in quotes for Hydra's grammar, no interpolation for OmegaConf."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def as_typed(folder: Path) -> str:
+    """``folder`` as the value of ``resume=``, which takes any text to the letter but for one in quotes."""
+    return quoted(folder) if str(folder)[:1] in ("'", '"') else str(folder)
+
+
+def _as_meant(text: str) -> str:
+    if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+        with suppress(HydraException, OmegaConfBaseException):
+            value = OverridesParser.create().parse_override(f"resume={text}").value()
+            return str(OmegaConf.create({"resume": value}).resume)
+    return text
 
 
 def _runs() -> list[Path]:
@@ -146,6 +164,6 @@ def _requeued(overrides: list[str]) -> Path | None:
     command = command_line([override for override in overrides if not _key(override).startswith("hydra")])
     for run in [*map(Path, own), *_runs()]:
         record = read_record(run)
-        if record.get("slurm_job") == job and record["command"] == command and record["status"] != "completed":
+        if record.get("slurm_job") == job and record.get("command") == command and record.get("status") != "completed":
             return run
     return None
