@@ -259,7 +259,7 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return [_not_composed(error, config_name)]
     if "${" in folder:  # which Hydra puts into its config as it is
-        cure = "cd <another folder>" if "${" in os.getcwd() else f"hydra.{'sweep' if sweeping else 'run'}.dir=<a name>"
+        cure = "cd <another folder>" if "${" in os.getcwd() else "another name"
         return [f"the folder {folder} has ${{ in its name, which reads as an interpolation: {cure}"]
     with open_dict(cfg):
         del cfg["hydra"]
