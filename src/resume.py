@@ -2,13 +2,17 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,7 +51,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise ValueError(f"resume={asked} continues one run, not a sweep: leave -m away")
     folder = _latest("resume", new) if asked == "latest" else Path(asked)
     record = read_record(folder)
-    if not record:
+    if not (folder / "run.json").is_file():
         raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
     if beginning := {_key(override) for override in new} & {"ckpt_path", "weights"}:
         raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
@@ -161,7 +165,7 @@ def _without_hydra(overrides: list[str]) -> list[str]:
 
 
 def command_to_resume(folder: Path) -> str:
-    return command_line([f"resume={folder}"])
+    return command_line([f"resume={as_typed(folder)}"])
 
 
 def requeue(interrupted: Interrupted) -> None:
@@ -180,7 +184,7 @@ def _taken_apart(overrides: list[str], key: str) -> tuple[list[str], list[str], 
     """Hydra's own flags, the overrides but for ``key``, and the values that ``key`` was given."""
     flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
     rest = [override for override in overrides if override not in flags and _key(override) != key]
-    values = [override.split("=", 1)[-1].strip("'\"") for override in overrides if _key(override) == key]
+    values = [as_meant(override.split("=", 1)[-1]) for override in overrides if _key(override) == key]
     return flags, rest, values
 
 
@@ -189,8 +193,22 @@ def _key(override: str) -> str:
 
 
 def quoted(path: Path) -> str:
-    """``path`` as the value of an override."""
-    return "'" + str(path).replace("'", "\\'") + "'"
+    """``path`` as the value of an override: in quotes for Hydra's grammar, no interpolation for OmegaConf."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def as_typed(folder: Path) -> str:
+    """``folder`` as the value of ``resume=``, which takes any text to the letter but for one in quotes."""
+    return quoted(folder) if str(folder)[:1] in ("'", '"') else str(folder)
+
+
+def as_meant(text: str) -> str:
+    if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+        with suppress(HydraException, OmegaConfBaseException):
+            value = OverridesParser.create().parse_override(f"resume={text}").value()
+            return str(OmegaConf.create({"resume": value}).resume)
+    return text
 
 
 def _runs() -> list[Path]:
@@ -221,6 +239,6 @@ def _requeued(overrides: list[str]) -> Path | None:
     command = command_line(_without_hydra(overrides))
     for run in [*map(Path, own), *_runs()]:
         record = read_record(run)
-        if record.get("slurm_job") == job and record["command"] == command and record["status"] != "completed":
+        if record.get("slurm_job") == job and record.get("command") == command and record.get("status") != "completed":
             return run
     return None
