@@ -53,6 +53,8 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     record = read_record(folder)
     if not (folder / "run.json").is_file():
         raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
+    if _overrides_in(record) is None:
+        raise ValueError(f"resume={folder}: its run.json is damaged: ckpt_path={folder}/checkpoints/last.ckpt")
     if beginning := {_key(override) for override in new} & {"ckpt_path", "weights"}:
         raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
     saved = _saved_overrides(record, f"resume={folder}", new, typed)
@@ -75,7 +77,11 @@ def _from_checkpoint(overrides: list[str]) -> list[str]:
             raise ValueError(f"{asked}: there is no checkpoint in {folder}: ckpt_path=<another run folder>")
         path = found[-1]
     run = run_folder(str(path))
-    saved = _saved_overrides(read_record(run), asked, new, new, drop=("weights", "ckpt_path")) if run else []
+    record = read_record(run) if run else {}
+    if run and _overrides_in(record) is None:
+        log.warning("%s: the run.json of its run is damaged, its overrides are not brought along", asked)
+        run = None
+    saved = _saved_overrides(record, asked, new, new, drop=("weights", "ckpt_path")) if run else []
     return [*flags, *saved, *new, f"ckpt_path={quoted(path)}"]
 
 
@@ -105,13 +111,16 @@ def data_of_run(weights: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def _overrides_in(record: dict[str, Any]) -> list[str] | None:
+    saved = record.get("overrides")
+    return saved if isinstance(saved, list) and all(isinstance(override, str) for override in saved) else None
+
+
 def _saved_overrides(
     record: dict[str, Any], asked: str, new: list[str], typed: list[str], drop: tuple[str, ...] = ()
 ) -> list[str]:
     """The overrides in the ``record`` of a run that ``new`` ones go on top of, if they may be trusted."""
-    saved = record.get("overrides")
-    if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
-        raise ValueError(f"{asked}: its run.json is damaged: {COPY}")
+    saved = _overrides_in(record)
     own = record.get("signature") == signature(saved) is not None
     named = {_key(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen anew brings its own values

@@ -672,6 +672,8 @@ def test_record_that_is_none_at_all(cut, content):
     (cut / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"its run\.json is damaged: ckpt_path=.*last\.ckpt$"):
         resumed_overrides([f"resume={cut}"])
+    last = cut / "checkpoints" / "last.ckpt"
+    assert resumed_overrides([f"ckpt_path={last}", "seed=1"]) == ["seed=1", f"ckpt_path={quoted(last)}"]  # as if alone
 
 
 @pytest.mark.parametrize(
