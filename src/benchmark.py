@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from src import cli
 from src.bench.config import BenchmarkConfig
 from src.data.config import PrepareConfig
+from src.files import write_json
 from src.model.config import GPTConfig
 from src.record import git_revision, versions
 from src.train import build_module
@@ -87,7 +87,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         measure = {"training": _training, "generation": _generation, "preparation": _preparation}[name]
         found[name] = measure(cfg, device, precision)
     if cfg.output:
-        Path(cfg.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(cfg.output), found)
     return found
 
 

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from src.help import help_text
@@ -194,6 +194,15 @@ def _log_to_file_only(text: str) -> None:
             handler.handle(record)
 
 
+def close_log_files(folder: Path) -> None:
+    """Log nothing more into ``folder``."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder:
+            root.removeHandler(handler)
+            handler.close()
+
+
 def fail(problems: Iterable[str]) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -203,6 +212,9 @@ def fail(problems: Iterable[str]) -> None:
 def _checked_arguments(
     config_name: str, check: Callable[[DictConfig], list[str]], rewrite: Callable[[list[str]], list[str]]
 ) -> list[str]:
+    for name, cure in (os.getcwd(), "cd <another folder>"), *((argument, "rename it") for argument in sys.argv[1:]):
+        if name != name.encode(errors="replace").decode():
+            fail([f"{name!a} is not UTF-8: {cure}"])
     try:
         arguments = rewrite(sys.argv[1:])
     except ValueError as error:
@@ -236,9 +248,15 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
     if found:
         return found
     try:  # of a sweep, whose jobs check their own configs, one stands for all
-        cfg = compose(config_name, _first_choices(parsed))
+        cfg = compose(config_name, _first_choices(parsed), return_hydra_config=True)
+        folder = os.path.abspath(cfg.hydra.sweep.dir if sweeping else cfg.hydra.run.dir)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _unknown_keys(config_name, parsed) or [_not_composed(error, config_name)]
+    if "${" in folder:  # which Hydra puts into its config as it is
+        cure = "cd <another folder>" if "${" in os.getcwd() else "another name"
+        return [f"the folder {folder} has ${{ in its name, which reads as an interpolation: {cure}"]
+    with open_dict(cfg):
+        del cfg["hydra"]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
     return [] if sweeping else check(cfg)

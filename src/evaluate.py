@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from src import cli
 from src.data.config import DataConfig
 from src.evaluation.config import PRECISIONS, EvaluationConfig
+from src.files import write_json
 from src.interop.locate import problems_of_weights
 from src.record import git_revision, versions
-from src.resume import data_of_run, quoted, with_latest_weights
+from src.resume import as_meant, data_of_run, quoted, with_latest_weights
 
 if TYPE_CHECKING:
     import tiktoken
@@ -57,7 +58,7 @@ def with_data_of_run(overrides: list[str]) -> list[str]:
     given = {override.split("=")[0].lstrip("+"): override.split("=", 1)[-1] for override in overrides}
     if "weights" not in given or "data" in given or {"-h", "--help"} & set(overrides):
         return overrides
-    weights = [one.strip("'\"") for one in given["weights"].split(",")]
+    weights = [as_meant(one) for one in given["weights"].split(",")]
     own = [data_of_run(one) for one in weights]
     asked = f"weights={given['weights']}"
     if any(data != own[0] for data in own):
@@ -179,7 +180,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "git": git_revision(),
         "seconds": time.perf_counter() - started,
     }
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "evaluation.json", result)
     log.info("evaluation folder: %s", folder)
     return result
 

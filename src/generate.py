@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from src import cli
 from src.generation.config import DEVICES, GenerationConfig
 from src.interop.locate import problems_of_weights
-from src.resume import data_of_run, with_latest_weights
+from src.resume import as_meant, data_of_run, with_latest_weights
 
 if TYPE_CHECKING:
     from src.generation.decode import Step
@@ -197,7 +197,7 @@ def with_special_tokens_of_run(overrides: list[str]) -> list[str]:
     _, values = cli.take_out(overrides, ("weights", "special_tokens"))
     if values["special_tokens"] or not values["weights"]:
         return overrides
-    own = data_of_run(values["weights"][-1].strip("'\"")).get("special_tokens")
+    own = data_of_run(as_meant(values["weights"][-1])).get("special_tokens")
     return [*overrides, "special_tokens=text"] if own == "text" else overrides
 
 

@@ -1,6 +1,7 @@
 """How many processes a run needs on this machine, and starting them; srun and torchrun do so by themselves."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,8 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.processes import STARTED_HERE, FailedElsewhere, world_size
-from src.resume import quoted
-from src.training.interruption import SIGNALS, Interrupted
+from src.resume import as_typed, quoted
+from src.training.interruption import SIGNALS, Interrupted, heeded_signals
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PATIENCE = 30  # seconds that the others have to end by themselves once one has failed
@@ -125,7 +126,7 @@ def start(overrides: list[str], count: int, folder: Path) -> None:
             child.send_signal(signum)
 
     listening = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.signal(signum, pass_on) for signum in SIGNALS} if listening else {}
+    before = {signum: signal.signal(signum, pass_on) for signum in heeded_signals()} if listening else {}
     try:
         for number in range(count):
             place = {"RANK": str(number), "LOCAL_RANK": str(number)}
@@ -150,7 +151,8 @@ def start(overrides: list[str], count: int, folder: Path) -> None:
         name = signal.Signals(-status).name
         why = ", often for want of memory" if name == "SIGKILL" else ""
         number = children.index(first)
-        print(f"error: process {number} of {count} was killed by {name}{why}: resume={folder}", file=sys.stderr)
+        resume = shlex.quote(f"resume={as_typed(folder)}")
+        print(f"error: process {number} of {count} was killed by {name}{why}: {resume}", file=sys.stderr)
     raise FailedElsewhere(f"a process ended with status {status}")
 
 

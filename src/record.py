@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +14,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from src.files import read_json, write_json
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
 LINGERING = 15  # seconds
 KEY_BYTES = 32
+KINDS = {  # of values that are read again
+    **dict.fromkeys(("status", "command", "slurm_job"), str),
+    **dict.fromkeys(("overrides", "resumed_at"), list),
+    **dict.fromkeys(
+        ("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss", "val_perplexity"), int | float
+    ),
+    "config": dict,
+}
 OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
 
 
@@ -41,7 +52,8 @@ class RunRecord:
         speaks: bool = True,
     ) -> None:
         self.path = folder / "run.json"
-        self._speaks = speaks
+        self.trained = False  # an optimizer step was made
+        self._speaks, self._resumed = speaks, resumed
         self._lock = FileLock(folder / ".lock")
         if speaks:
             self._claim(folder, resumed)
@@ -90,24 +102,39 @@ class RunRecord:
     def update(self, **values: Any) -> None:
         self.values.update(values)
         if self._started:
-            part = self.path.with_suffix(".json.part")
-            try:
-                part.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
-                part.replace(self.path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_json(self.path, self.values)
+
+    def discard_untrained(self) -> None:
+        """Leave nothing behind, unless the run made an optimizer step, was resumed, or wrote ``non_finite.json``."""
+        folder = self.path.parent
+        if self._speaks and not (self._resumed or self.trained or (folder / "non_finite.json").exists()):
+            self._started = False
+            remove_folder(folder, *OUTPUTS, ".lock")
 
     def close(self) -> None:
         self._lock.release()
 
 
+def remove_folder(folder: Path, *names: str) -> None:
+    """Remove the files and folders ``names`` in ``folder``, then, as far as they are empty, it and those around it in
+    the working folder."""
+    for path in (folder / name for name in names):
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.unlink()
+    around = [parent for parent in folder.absolute().parents if Path.cwd() in parent.parents]
+    with suppress(OSError):  # the first that is not empty ends it
+        for empty in [folder, *around]:
+            empty.rmdir()
+
+
 def read_record(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` in ``folder`` says; nothing where there is none or it cannot be read."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    """What ``run.json`` in ``folder`` says, without damaged values; nothing where it is missing or cannot be read."""
+    return {
+        key: value
+        for key, value in read_json(folder / "run.json").items()
+        if key not in KINDS or (isinstance(value, KINDS[key]) and not isinstance(value, bool))
+    }
 
 
 def signature(overrides: list[str]) -> str | None:

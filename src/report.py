@@ -6,13 +6,14 @@ import errno
 import functools
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from src import cli, processes
-from src.resume import command_to_resume
+from src.resume import as_typed, command_to_resume
 from src.training.config import EvalConfig
 from src.training.interruption import Interrupted
 
@@ -86,7 +87,7 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
         "precision": record["precision"],
         "optimizer": f"{optimizer}, {fused}, {cfg.schedule.name} schedule",
         "evaluation": f"every {interval} steps, of {evaluation}",
-        "run folder": str(run.folder),
+        **({} if cfg.dry_run else {"run folder": str(run.folder)}),
     }
     for key, value in card.items():
         log.info("%-10s  %s", key, value)
@@ -110,10 +111,11 @@ def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
 def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
     """One line on what ran out or died and how to get on; None for any other error."""
     message = str(error)
+    resume = shlex.quote(f"resume={as_typed(folder)}") if (folder / "run.json").exists() else "the same command again"
     if processes.lost_peer(error):
-        return f"another process of this run has died, often for want of memory: resume={folder}"
+        return f"another process of this run has died, often for want of memory: {resume}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or folder}): free some, then resume={folder}"
+        return f"the disk is full ({error.filename or folder}): free some, then {resume}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message:
         batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate_grad_batches
         parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)
@@ -125,18 +127,21 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
                 f"trainer.accumulate_grad_batches={accumulate * 2}"
             )
         if cfg.resume:  # whose batches are fixed
-            return f"out of memory: resume={folder} with more of it, or weights=<its last.ckpt> {less} for a new run"
+            return f"out of memory: {resume} with more of it, or weights=<its last.ckpt> {less} for a new run"
         return f"out of memory; this takes less and keeps the tokens per step: {less}"
     if "Caught ValueError in DataLoader worker" in message:  # as told there, without the traceback
         return message.strip().splitlines()[-1].removeprefix("ValueError: ")
     if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
         fewer = f"data.num_workers={cfg.data.num_workers // 2}"
-        return f"a data worker died, often for want of memory: resume={folder} {fewer}"
+        return f"a data worker died, often for want of memory: {resume} {fewer}"
     return None
 
 
 def print_summary(run: Run) -> None:
     record = run.record
+    if record["status"] == "checked":
+        log.info("checked, nothing was trained and no run folder is kept")
+        return
     if record["status"] == "completed":
         loss = (
             ""

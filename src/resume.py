@@ -2,13 +2,17 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,8 +51,10 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise ValueError(f"resume={asked} continues one run, not a sweep: leave -m away")
     folder = _latest("resume", new) if asked == "latest" else Path(asked)
     record = read_record(folder)
-    if not record:
+    if not (folder / "run.json").is_file():
         raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
+    if _overrides_in(record) is None:
+        raise ValueError(f"resume={folder}: its run.json is damaged: ckpt_path={folder}/checkpoints/last.ckpt")
     if beginning := {_key(override) for override in new} & {"ckpt_path", "weights"}:
         raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
     saved = _saved_overrides(record, f"resume={folder}", new, typed)
@@ -71,7 +77,11 @@ def _from_checkpoint(overrides: list[str]) -> list[str]:
             raise ValueError(f"{asked}: there is no checkpoint in {folder}: ckpt_path=<another run folder>")
         path = found[-1]
     run = run_folder(str(path))
-    saved = _saved_overrides(read_record(run), asked, new, new, drop=("weights", "ckpt_path")) if run else []
+    record = read_record(run) if run else {}
+    if run and _overrides_in(record) is None:
+        log.warning("%s: the run.json of its run is damaged, its overrides are not brought along", asked)
+        run = None
+    saved = _saved_overrides(record, asked, new, new, drop=("weights", "ckpt_path")) if run else []
     return [*flags, *saved, *new, f"ckpt_path={quoted(path)}"]
 
 
@@ -101,13 +111,16 @@ def data_of_run(weights: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def _overrides_in(record: dict[str, Any]) -> list[str] | None:
+    saved = record.get("overrides")
+    return saved if isinstance(saved, list) and all(isinstance(override, str) for override in saved) else None
+
+
 def _saved_overrides(
     record: dict[str, Any], asked: str, new: list[str], typed: list[str], drop: tuple[str, ...] = ()
 ) -> list[str]:
     """The overrides in the ``record`` of a run that ``new`` ones go on top of, if they may be trusted."""
-    saved = record.get("overrides")
-    if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
-        raise ValueError(f"{asked}: its run.json is damaged: {COPY}")
+    saved = _overrides_in(record)
     own = record.get("signature") == signature(saved) is not None
     named = {_key(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen anew brings its own values
@@ -161,7 +174,7 @@ def _without_hydra(overrides: list[str]) -> list[str]:
 
 
 def command_to_resume(folder: Path) -> str:
-    return command_line([f"resume={folder}"])
+    return command_line([f"resume={as_typed(folder)}"])
 
 
 def requeue(interrupted: Interrupted) -> None:
@@ -180,7 +193,7 @@ def _taken_apart(overrides: list[str], key: str) -> tuple[list[str], list[str], 
     """Hydra's own flags, the overrides but for ``key``, and the values that ``key`` was given."""
     flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
     rest = [override for override in overrides if override not in flags and _key(override) != key]
-    values = [override.split("=", 1)[-1].strip("'\"") for override in overrides if _key(override) == key]
+    values = [as_meant(override.split("=", 1)[-1]) for override in overrides if _key(override) == key]
     return flags, rest, values
 
 
@@ -189,8 +202,22 @@ def _key(override: str) -> str:
 
 
 def quoted(path: Path) -> str:
-    """``path`` as the value of an override."""
-    return "'" + str(path).replace("'", "\\'") + "'"
+    """``path`` as the value of an override: in quotes for Hydra's grammar, no interpolation for OmegaConf."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def as_typed(folder: Path) -> str:
+    """``folder`` as the value of ``resume=``, which takes any text to the letter but for one in quotes."""
+    return quoted(folder) if str(folder)[:1] in ("'", '"') else str(folder)
+
+
+def as_meant(text: str) -> str:
+    if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+        with suppress(HydraException, OmegaConfBaseException):
+            value = OverridesParser.create().parse_override(f"resume={text}").value()
+            return str(OmegaConf.create({"resume": value}).resume)
+    return text
 
 
 def _runs() -> list[Path]:
@@ -221,6 +248,6 @@ def _requeued(overrides: list[str]) -> Path | None:
     command = command_line(_without_hydra(overrides))
     for run in [*map(Path, own), *_runs()]:
         record = read_record(run)
-        if record.get("slurm_job") == job and record["command"] == command and record["status"] != "completed":
+        if record.get("slurm_job") == job and record.get("command") == command and record.get("status") != "completed":
             return run
     return None

@@ -1,13 +1,16 @@
 """The table at the end of a multirun."""
 
-import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from src.files import read_json
+from src.record import remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,12 @@ class SweepTable(Callback):
         for job, numbers, status, overrides in rows:
             shown = "".join(f"{number if math.isfinite(number) else '-':>10.6}  " for number in numbers)
             print(f"{shown}{status:<10}  {job.name:<4}  {overrides}")
-        print(f"sweep folder: {folder}")
+        for job in (job for job, _, status, _ in rows if status == "checked"):  # a dry run leaves nothing behind
+            shutil.rmtree(job)
+        if any(folder.glob("*/")):
+            print(f"sweep folder: {folder}")
+        else:
+            remove_folder(folder, "multirun.yaml")
         if any(status not in ("completed", "checked") for _, _, status, _ in rows):
             raise SystemExit(1)
 
@@ -38,9 +46,7 @@ class SweepTable(Callback):
         overrides = " ".join(
             line[2:] for line in (job / ".hydra" / "overrides.yaml").read_text().splitlines() if line.startswith("- ")
         )
-        try:
-            record = json.loads((job / self.record).read_text())
-        except (OSError, ValueError):
-            return [math.inf] * len(self.columns), "failed", overrides
+        record = read_json(job / self.record)
         numbers = [record.get(key) for key in self.columns.values()]
-        return [math.inf if number is None else number for number in numbers], record["status"], overrides
+        numbers = [number if isinstance(number, int | float) else math.inf for number in numbers]
+        return numbers, str(record.get("status", "failed")), overrides

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,8 +33,9 @@ from src.continuation import (
 from src.data.config import DataConfig
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
-from src.record import RunRecord, read_record
+from src.record import RunRecord, read_record, remove_folder
 from src.resume import COMMAND, command_line, requeue, resumed_overrides
+from src.streams import lasting_output
 from src.trainer import build_trainer, go_on_logging
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 from src.training.interruption import Interrupted, Interruption
@@ -170,7 +172,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             that already holds a run; a checkpoint of another model, text or batch; a run that made no optimizer step;
             memory that ran out; a data worker that died.
         OSError: a disk that is full or cannot be written to.
-        Interrupted: SIGTERM, SIGINT or SIGUSR1, once the step under way is finished and saved.
+        Interrupted: SIGTERM, SIGINT, SIGUSR1 or SIGHUP, once the step under way is finished and saved.
     """
     if problems := find_problems(cfg):
         raise ValueError("\n".join(problems))
@@ -198,13 +200,18 @@ def train(cfg: DictConfig, folder: Path) -> Run:
                 report.print_interrupted(error, folder)
                 if speaks:
                     requeue(error)
-            elif explained := report.explain(error, cfg, folder):
+                raise
+            if not _sweeping():  # whose table tells of every job
+                record.discard_untrained()
+            if explained := report.explain(error, cfg, folder):
                 raise ValueError(explained) from error
             raise
         record.update(
             status="checked" if cfg.dry_run else "completed",
             seconds=record.seconds_before + time.perf_counter() - started,
         )
+        if cfg.dry_run and not _sweeping():
+            record.discard_untrained()
     report.print_summary(run)
     return run
 
@@ -213,7 +220,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from lightning.pytorch import seed_everything
 
     from src.interop.weights import read_weights
-    from src.training.checkpoint import newest_good_checkpoint
+    from src.training.checkpoint import make_last, newest_good_checkpoint
     from src.training.device import device_name, keep_freed_memory
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.optim import batches_per_epoch, planned_steps
@@ -260,6 +267,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     if trainer.checkpoint_callbacks:
         _check_disk(folder, 3 * 4 * parameters)  # weights and two moments, in float32
     if cfg.resume and not cfg.dry_run:
+        if checkpoint and path.parent == folder / "checkpoints" and processes.rank() == 0:
+            make_last(path)
         report.print_changes(read_record(folder), OmegaConf.to_container(cfg, resolve=True))
         go_on_logging(trainer, checkpoint.get("global_step", -1))
         record.start(checkpoint["global_step"] if checkpoint else 0)
@@ -309,6 +318,7 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
     finally:
+        record.trained |= module.steps_made > 0
         speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
         with suppress(OSError):
             record.update(
@@ -439,17 +449,26 @@ def _check_disk(folder: Path, checkpoint_bytes: int) -> None:
 def _run(cfg: DictConfig) -> float | None:
     """One Hydra job; its objective is the final validation loss."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
-        launch.start(list(HydraConfig.get().overrides.task), count, folder)
-        return read_record(folder).get("val_loss")
-    if processes.rank():
-        processes.be_quiet()
     try:
+        if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
+            launch.start(list(HydraConfig.get().overrides.task), count, folder)
+            return read_record(folder).get("val_loss")
+        if processes.rank():
+            processes.be_quiet()
         return train(cfg, folder).record.get("val_loss")
     except BaseException as error:
         error.told = processes.told_elsewhere(error) or getattr(error, "told", False)
         raise
+    finally:
+        if processes.rank() == 0 and not (_sweeping() or (folder / "run.json").exists()):  # nothing was trained
+            cli.close_log_files(folder)
+            remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
+
+
+def _sweeping() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 if __name__ == "__main__":
-    cli.launch("train", _run, find_problems, resumed_overrides, processes.agree_on_arguments)
+    with lasting_output():
+        cli.launch("train", _run, find_problems, resumed_overrides, processes.agree_on_arguments)

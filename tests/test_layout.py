@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,16 +14,17 @@ README = (ROOT / "README.md").read_text()
 
 # room: the rooms it may import from (itself included)
 ALLOWED = {
+    "files": {"files"},
     "model": {"model"},
     "tokenizer": {"tokenizer"},
     "figure": {"figure"},
-    "data": {"data", "tokenizer"},
+    "data": {"files", "data", "tokenizer"},
     "generation": {"generation", "model", "tokenizer"},
-    "interop": {"interop", "model", "training"},
-    "bench": {"bench", "data", "generation", "model", "tokenizer", "training"},
-    "evaluation": {"evaluation", "figure", "generation", "model", "tokenizer"},
-    "training": {"training", "generation", "model", "tokenizer"},
-    "callbacks": {"callbacks", "figure", "training", "generation", "model", "tokenizer"},
+    "interop": {"files", "interop", "model", "training"},
+    "bench": {"files", "bench", "data", "generation", "model", "tokenizer", "training"},
+    "evaluation": {"files", "evaluation", "figure", "generation", "model", "tokenizer"},
+    "training": {"files", "training", "generation", "model", "tokenizer"},
+    "callbacks": {"files", "callbacks", "figure", "training", "generation", "model", "tokenizer"},
 }
 ENTRIES = {
     "train",
@@ -33,6 +35,7 @@ ENTRIES = {
     "verify_resume",
     "benchmark",
     "cli",
+    "streams",
     "help",
     "record",
     "report",
@@ -45,12 +48,37 @@ ENTRIES = {
 }
 
 
-def tracked(*patterns: str) -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return sorted(line for line in listed.stdout.splitlines() if (ROOT / line).exists())
+def tracked(*patterns: str, root: Path = ROOT) -> list[str]:
+    """The project's files, those of its folders that are not yet committed included; what else lies in the checkout,
+    as the models and shards of a user, is none of them."""
+
+    def listed(*arguments: str) -> list[str]:
+        done = subprocess.run(["git", "ls-files", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    committed = listed("--cached")
+    folders = [f"{line.split('/')[0]}/" for line in committed if "/" in line]
+    new = [line for line in listed("--others", "--exclude-standard") if line.startswith(tuple(folders))]
+    chosen = listed("--cached", "--others", "--exclude-standard", *patterns)
+    return sorted(line for line in {*committed, *new}.intersection(chosen) if (root / line).exists())
+
+
+def test_what_a_user_adds_to_the_checkout_is_not_the_projects(tmp_path):
+    for name in (
+        "README.md",
+        "src/old.py",
+        "src/new.py",
+        "src/new.bin",
+        "my_model/config.json",
+        "my_shards/a b.bin",
+        "mine.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    for arguments in ["init", "-q"], ["add", "README.md", "src/old.py"]:
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert tracked(root=tmp_path) == ["README.md", "src/new.bin", "src/new.py", "src/old.py"]
+    assert tracked("src/*.py", root=tmp_path) == ["src/new.py", "src/old.py"]
 
 
 def imports(path: str) -> set[str]:
@@ -94,10 +122,11 @@ def test_files_can_be_read_in_one_sitting():
     assert set(long) <= {
         "src/generate.py",  # every way for a prompt to come in and for a text to go out
         "src/evaluate.py",  # which text belongs to the weights, what of it is scored, and the figures
-        "src/resume.py",  # which run is meant, its overrides, and whether they may be trusted
         "src/launch.py",  # devices asked for, devices there, and one process for each
         "src/processes.py",  # how processes begin together, agree and fail together
         "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
+        "src/resume.py",  # which run is meant, its overrides, and whether they may be trusted
+        "src/record.py",  # the record of a run, the claim to its folder, and whose it is
         "src/train.py",  # the main job from the overrides to the summary, told in one place
         "src/cli.py",  # all that stands between a mistyped override and its one-line answer
         "src/training/config.py",  # five sections of the config with all their limits

@@ -42,6 +42,14 @@ def test_two_set_up_commands_are_one_line_each():
     assert BLOCKS[0].count("\n") == 1
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_shell_reads_a_pattern_in_a_command(command):
+    """zsh refuses a pattern that matches no file."""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"|\\.|(^|\s)#.*", " ", command)
+    assert not set(bare) & set("[]*?~^")
+    assert not re.search(r"\s=", bare)
+
+
 @pytest.mark.parametrize(("name", "arguments"), OWN)
 def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     file = tmp_path / "given.txt"

@@ -2,7 +2,9 @@
 
 import hmac
 import json
+import os
 import random
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -10,11 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import FAST, TINY, column
 from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import cli
 from src.record import read_record, signature
-from src.resume import command_line, quoted, resumed_overrides
+from src.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
 from src.training.checkpoint import read_checkpoint
 from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
@@ -66,7 +72,7 @@ def test_interrupted_at_any_step(tiny_run, at_batch, setting, trials):
                   len(moments), "bit-identical")  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_every_signal_saves_within_one_step(tiny_run, at_batch, number, tmp_path):
     at_batch(5, interrupt(number))
     with pytest.raises(Interrupted) as interrupted:
@@ -89,6 +95,16 @@ def test_a_second_signal_does_no_harm(tiny_run, at_batch, tmp_path):
         tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
     assert interrupted.value.code == 143
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sighup_under_nohup_is_ignored(tiny_run, at_batch, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_batch(5, interrupt(signal.SIGHUP))
+        assert tiny_run("callbacks=none", "data.batch_size=4").record["status"] == "completed"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.training.sealed.torch.load",
@@ -603,6 +619,148 @@ def test_a_refused_continuation_changes_nothing(tiny_run, at_batch, tmp_path):
     with pytest.raises(ValueError, match="on_resume"):
         tiny_run(*common, "trainer.max_epochs=2", resume=tmp_path / "run")
     assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("bound", [(), ("trainer.max_epochs=null", "trainer.max_steps=12")])
+def test_killed_between_best_and_last_of_the_final_step(tiny_run, at_batch, tmp_path, bound):
+    """best.ckpt of step 12 of 12, last.ckpt of step 10."""
+    common = ("callbacks=none", "data.batch_size=4", "eval.every_steps=4", "checkpoint.every_steps=5", *bound)
+    whole = tiny_run(*common, folder=tmp_path / "run")
+    cut = shutil.copytree(whole.folder, tmp_path / "cut")
+    checkpoints = cut / "checkpoints"
+    (checkpoints / "previous.ckpt").replace(checkpoints / "last.ckpt")
+    record = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    assert read_checkpoint(checkpoints / "last.ckpt")["global_step"] == 10
+    assert read_checkpoint(checkpoints / "best.ckpt")["global_step"] == 12
+    run = tiny_run(*common, resume=cut)
+    assert run.record["status"] == "completed"
+    assert first_difference(whole.folder, cut) is None  # of the checkpoints too
+    assert read_checkpoint(checkpoints / "last.ckpt")["global_step"] == 12
+    longer = [
+        tiny_run(*common, *bound[:1], "trainer.max_steps=15", "trainer.max_epochs=null", "schedule.on_resume=keep",
+                 resume=folder) for folder in (whole.folder, cut)
+    ]  # fmt: skip
+    assert first_difference(*(run.folder for run in longer)) is None
+
+
+def test_only_regular_files_are_opened(tiny_run, cut):
+    for name in "checkpoints/a.ckpt", "checkpoints/zz.ckpt":
+        os.mkfifo(cut / name)
+    assert tiny_run("callbacks=none", "data.batch_size=4", resume=cut).record["resumed_at"] == [6]
+    (cut / "run.json").unlink()
+    os.mkfifo(cut / "run.json")
+    assert read_record(cut) == {}
+    with pytest.raises(ValueError, match=r"it has no run\.json"):
+        resumed_overrides([f"resume={cut}"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"seconds": "long"}, {"config": None}, {"resumed_at": 3}, {"command": []}, {"status": {}}, {"seconds": True},
+     {"optimizer_steps": None, "val_loss": "low"}],
+)  # fmt: skip
+def test_damaged_value_of_the_record_is_left_out(tiny_run, cut, damage):
+    record = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps(record | damage))
+    assert not read_record(cut).keys() & damage.keys()
+    run = tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
+    assert run.record["status"] == "completed"
+    assert run.record["resumed_at"] == [6]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "", "7", "[" * 100_000])
+def test_record_that_is_none_at_all(cut, content):
+    (cut / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"its run\.json is damaged: ckpt_path=.*last\.ckpt$"):
+        resumed_overrides([f"resume={cut}"])
+    last = cut / "checkpoints" / "last.ckpt"
+    assert resumed_overrides([f"ckpt_path={last}", "seed=1"]) == ["seed=1", f"ckpt_path={quoted(last)}"]  # as if alone
+
+
+@pytest.mark.parametrize(
+    ("damage", "rows"),
+    [
+        (lambda text: text.replace(b"step,", b"stop,", 1), 0),
+        (lambda text: text.replace(b"\n2,", b"\n\xff\xfe,"), 6),
+        (lambda text: text.replace(b"\n2,", b"\n2,,,,,,,,,,,,,,,,,"), 6),
+        (lambda text: text.replace(b"\n2,", b"\ntwo,"), 6),
+        (lambda text: text.replace(b"\n2,", b'\n2"'), 6),
+        (lambda text: b"\x00\xff" * 500 + b"\n", 0),
+        (lambda text: text[:-7], 6),  # a kill in the middle of the last row: nothing to keep
+        (lambda text: b"", 0),
+    ],
+)
+def test_damaged_metrics_are_kept_aside(tiny_run, cut, caplog, damage, rows):
+    file = cut / "metrics.csv"
+    damaged = damage(file.read_bytes())
+    expected = file.read_bytes().split(b"\n")
+    file.write_bytes(damaged)
+    tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
+    aside = list(cut.glob("metrics_damaged_*.csv"))
+    if damaged and expected[-3] not in damaged:
+        assert [path.read_bytes() for path in aside] == [damaged]
+        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows go on" in caplog.text
+    steps = [line.split(b",")[0] for line in file.read_bytes().splitlines()]
+    assert steps[0] == b"step"
+    assert steps[-1] == b"12"
+    assert len(steps) == 1 + rows + 6
+
+
+NASTY = ["a'b", "end\\", "'q'", 'x"y', "a, b=c", "[x]", "{a}", "$x", "~", "#h", " a ", "???", "\\'", "ü\nx", "a\\,b"]
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1) | st.sampled_from(NASTY)
+       | st.text("${}'\"\\a:,", min_size=1))  # fmt: skip
+def test_any_name_passes_through_the_grammar_and_the_interpolations(name):
+    path = Path("runs", name)
+    override = OverridesParser.create().parse_override(f"hydra.run.dir={quoted(path)}")
+    assert OmegaConf.create({"dir": override.value()}).dir == str(path)
+    assert as_meant(as_typed(Path(name))) == str(Path(name))
+    assert shlex.split(command_to_resume(path))[-1] == f"resume={path}"
+
+
+@pytest.mark.parametrize("name", ["a'b", "end\\", "'q', x=[1]"])
+def test_folders_with_odd_names(command, tmp_path, monkeypatch, name):
+    """The working folder's and the run's; what is printed continues it, pasted into a shell."""
+    place = tmp_path / name
+    place.mkdir()
+    monkeypatch.chdir(place)
+    tiny = [
+        "model=gpt2_tiny",
+        "model.context_length=16",
+        "callbacks=none",
+        "trainer.accelerator=cpu",
+        "schedule=constant",
+    ]
+    status, out, err = command("train", *tiny, "trainer.max_steps=2", f"hydra.run.dir={quoted(Path(name))}")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == f"run folder: {place / name}"
+    *_, module, resume = shlex.split(command_to_resume(place / name))
+    assert module == "src.train"
+    for asked, steps in (resume, 3), (f"resume={as_typed(Path(name))}", 4):
+        status, out, err = command("train", asked, f"trainer.max_steps={steps}")
+        assert (status, err) == (0, ""), out
+        assert read_record(place / name)["optimizer_steps"] == steps
+    assert {path.name for path in place.iterdir()} == {name}
+    assert "4 steps" in (place / name / "train.log").read_text()
+
+
+@pytest.mark.parametrize("where", ["cwd", "run", "resume", "sweep"])
+def test_names_that_hydra_cannot_hold_are_refused(command, tmp_path, monkeypatch, where):
+    for name, cure in ("${oc.env:HOME}", "has ${ in its name"), (os.fsdecode(b"\xff"), "is not UTF-8: "):
+        place = tmp_path / where / (name if where == "cwd" else "plain")
+        place.mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(place)
+        arguments = {"cwd": [], "run": [f"hydra.run.dir={quoted(Path(name))}"], "resume": [f"resume={name}"],
+                     "sweep": ["-m", f"hydra.sweep.dir={quoted(Path(name))}"]}[where]  # fmt: skip
+        if where == "resume":
+            (place / name).mkdir()
+            (place / name / "run.json").write_text('{"overrides": []}')
+        status, out, err = command("train", "model=gpt2_tiny", *arguments)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert cure in err
+        assert {path.name for path in place.rglob("*") if path.is_file()} <= {"run.json"}
 
 
 @pytest.mark.parametrize("there", [True, False])

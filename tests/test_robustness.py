@@ -1,10 +1,17 @@
 """What runs out or dies is told in one line, with what to change; nothing hangs, nothing is lost."""
 
+import fcntl
+import json
+import math
 import os
+import pty
 import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -13,7 +20,9 @@ from conftest import FAST, column
 from test_config import BAD
 
 from src.cli import CONF
+from src.files import read_json, write_json
 from src.record import read_record
+from src.streams import lasting_output
 from src.training.checkpoint import read_checkpoint
 from src.verify_resume import first_difference
 
@@ -146,6 +155,72 @@ def test_signal_to_all_processes_of_a_job(tmp_path, number):
     assert read_record(tmp_path / "run")["status"] == "interrupted"
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
     assert "to continue: python -m src.train resume=" in output
+
+
+def test_terminal_goes_away(tmp_path):
+    """SIGHUP, and nobody to write to: saved within the step, exit status 129."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.train", *TINY, "trainer.max_epochs=400", "hydra.run.dir=run",
+         "trainer.limit_val_batches=0", "data.batch_size=8"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    while process.poll() is None and not (tmp_path / "run" / "metrics.csv").exists():
+        if select.select([ours], [], [], 0.01)[0]:
+            os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(60) == 129
+    record = read_record(tmp_path / "run")
+    assert (record["status"], record["error"]) == ("interrupted", "SIGHUP")
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == record["optimizer_steps"]
+    assert "to continue: python -m src.train resume=" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("output", [">&- 2>&-", "<&- >&- 2>&-", "2>&1 | true"])
+def test_nobody_takes_the_output(tmp_path, output):
+    run = [sys.executable, "-m", "src.train", *TINY, "trainer.max_steps=3", "hydra.run.dir=run"]
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{shlex.join(run)} {output}"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert read_record(tmp_path / "run")["status"] == "completed"
+    lines = (tmp_path / "run" / "train.log").read_text().splitlines()
+    assert "parameters" in lines[0]
+    assert "run folder: " in lines[-1]
+
+
+def test_stream_that_fails_is_let_go(tmp_path, monkeypatch):
+    """As a full disk under ``> file``."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with lasting_output():
+            for _ in range(3):
+                print("x" * 10_000, flush=True)
+        assert sys.stdout is full
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_json_never_holds_what_is_no_number(tmp_path, number):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    path = tmp_path / "any.json"
+    before = os.umask(0o027)
+    try:
+        write_json(path, {"a": number, "b": [1.5, (number, {"c": number})], "d": "NaN"})
+    finally:
+        os.umask(before)
+    read = json.loads(path.read_text(), parse_constant=refuse)
+    assert read == {"a": str(number), "b": [1.5, [str(number), {"c": str(number)}]], "d": "NaN"}
+    assert str(float(read["a"])) == str(number)
+    assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert [file.name for file in tmp_path.iterdir()] == ["any.json"]
+    assert read_json(path) == read
 
 
 @pytest.mark.parametrize(("signals", "kills"), [(["TERM", "KILL"], 2), (["KILL"], 50), (["TERM", "INT"], 20)])

@@ -19,8 +19,10 @@ from pathlib import Path
 import pyte
 import pytest
 from conftest import column, metrics_of
+from omegaconf import OmegaConf
 
 from src.cli import CONF
+from src.sweep import SweepTable
 
 TINY = ["model=gpt2_tiny", "trainer.max_steps=2"]
 
@@ -142,17 +144,54 @@ def test_mistakes_met_later_are_one_line_too(tmp_path, overrides, message):
     assert done.returncode == 1
     assert message in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    (run,) = tmp_path.glob("outputs/gpt2/*")
-    assert json.loads((run / "run.json").read_text())["status"] == "failed"
-    assert "Traceback" in (run / "train.log").read_text()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_trains_nothing(tmp_path):
-    done = command(tmp_path, "dry_run=true")
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
+def test_dry_run_trains_nothing_and_leaves_nothing(tmp_path, sweep):
+    done = command(tmp_path, "dry_run=true", *sweep)
     assert done.returncode == 0
-    (run,) = tmp_path.glob("outputs/gpt2/*")
-    assert json.loads((run / "run.json").read_text())["status"] == "checked"
-    assert not (run / "metrics.csv").exists()
+    assert "checked, nothing was trained and no run folder is kept" in done.stdout
+    assert done.stdout.count("checked    ") == len(sweep)  # the table's jobs
+    assert "folder:" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_trained_nothing_leaves_nothing_of_its_own(tiny_run, at_batch, tmp_path):
+    def fail(module):
+        raise error
+
+    for error in RuntimeError("unexpected"), MemoryError():
+        at_batch(0, fail)
+        folder = tmp_path / "runs" / type(error).__name__
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+        with pytest.raises((RuntimeError, ValueError), match=r"unexpected|out of memory"):
+            tiny_run(folder=folder)
+        assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert not list(tiny_run("dry_run=true", folder=folder).folder.glob("run.json"))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    at_batch(1, fail)
+    with pytest.raises(ValueError, match="out of memory"):
+        tiny_run("callbacks=none", folder=folder)
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"  # after its first step
+
+
+def test_sweep_table_copes_with_any_record(tmp_path, capsys):
+    for number, record in enumerate(
+        ['{"status": "completed", "val_loss": 3.5}', '{"val_loss": "low"}', "[", '{"status": 3}']
+    ):
+        (tmp_path / str(number) / ".hydra").mkdir(parents=True)
+        (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+        (tmp_path / str(number) / "run.json").write_text(record)
+    with pytest.raises(SystemExit):
+        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:-1]] == [
+        "completed",
+        "failed",
+        "failed",
+        "3",
+    ]
 
 
 def test_sweep_reports_each_job_and_outlives_a_failure(tmp_path):

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAST, column, metrics_of
+from conftest import FAST, TINY, column, metrics_of
 from torch.nn import functional as F
 
 from src.interop.huggingface import write_huggingface
@@ -355,3 +355,13 @@ def test_compiled_training_is_the_same_but_for_rounding_and_leaves_no_trace_in_c
     assert column(compiled, "train/loss") == pytest.approx(column(eager, "train/loss"), abs=1e-4)
     keys = [read_checkpoint(run.folder / "checkpoints/last.ckpt")["state_dict"].keys() for run in (eager, compiled)]
     assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("model", [TINY, ("model=gpt2_tiny", "model.emb_dim=64", "model.n_layers=4")])
+def test_overfitting_brings_the_loss_near_zero_and_stops_there(tiny_run, model):
+    run = tiny_run("debug=overfit", "logger=csv", "trainer.max_epochs=null", model=model)
+    losses = column(run, "train/loss")
+    assert losses[0] > 10
+    assert losses[-1] < 0.05 <= min(losses[:-1])
+    assert run.record["train_loss"] < 0.06
+    assert run.record["optimizer_steps"] == len(losses) < 500

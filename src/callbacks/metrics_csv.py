@@ -2,11 +2,19 @@
 
 import csv
 import io
+import itertools
+import logging
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from src.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 class MetricsCSV(Logger):
@@ -26,14 +34,35 @@ class MetricsCSV(Logger):
         """Go on behind ``step``: what an interrupted run logged beyond it is dropped, to be logged again."""
         if not self.path.exists():
             return
-        with self.path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdecimal() and None not in row.values()]
+        rows, damaged = self._read()
+        if damaged:
+            aside = self.path.with_name(f"metrics_damaged_{time.strftime('%Y-%m-%d_%H-%M-%S')}.csv")
+            self.path.replace(aside)
+            log.warning("%s is damaged and kept as %s; %d of its rows go on", self.path, aside.name, len(rows))
         self._columns = list(rows[0]) if rows else self._columns
         kept = [row for row in rows if int(row["step"]) <= step]
         self._rewrite(kept[:-1])
         for row in kept[-1:]:
             known = {key: value for key, value in row.items() if value}
             self.log_metrics(known | {"step": int(row["step"])}, int(row["step"]))
+
+    def _read(self) -> tuple[list[dict[str, str]], bool]:
+        """The sound rows of the file, and whether it is damaged beyond a last line that a kill has cut short."""
+        if not self.path.is_file():
+            return [], True
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        try:
+            columns, *rows = csv.reader(lines, strict=True)
+        except (ValueError, csv.Error):
+            return [], bool(lines)
+        if "step" not in columns or len(set(columns)) < len(columns):
+            return [], True
+        step = columns.index("step")
+        sound = [
+            len(row) == len(columns) and bool(re.fullmatch("[0-9]{1,18}", row[step])) and "\ufffd" not in "".join(row)
+            for row in rows
+        ]
+        return [dict(zip(columns, row, strict=True)) for row in itertools.compress(rows, sound)], not all(sound[:-1])
 
     @property
     def name(self) -> str:
@@ -58,7 +87,7 @@ class MetricsCSV(Logger):
             self._add_columns(new)
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(self._line(dict(zip(self._columns, self._columns, strict=True))))
+            write_text(self.path, self._line(dict(zip(self._columns, self._columns, strict=True))))
             self._row_start = self.path.stat().st_size
         with self.path.open("r+", newline="") as file:
             file.seek(self._row_start)
@@ -75,9 +104,7 @@ class MetricsCSV(Logger):
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         header = dict(zip(self._columns, self._columns, strict=True))
-        part = self.path.with_suffix(".csv.part")
-        part.write_text("".join(map(self._line, [header, *rows])))
-        part.replace(self.path)
+        write_text(self.path, "".join(map(self._line, [header, *rows])))
         self._row_start = self.path.stat().st_size
 
     def _line(self, row: dict[str, Any]) -> str:

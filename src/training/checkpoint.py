@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,27 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint in ``folder`` of the latest step that is sound, with its content; damaged ones are reported."""
-    for path in sorted(folder.glob("*.ckpt"), key=_step_that_it_claims, reverse=True):
+    files = [path for path in folder.glob("*.ckpt") if path.is_file()]  # a pipe would be waited for
+    for path in sorted(files, key=lambda path: (_step_that_it_claims(path), path.name == "last.ckpt"), reverse=True):
         try:
             return path, read_checkpoint(path)
         except ValueError as error:
             log.warning("%s: looking for an older one", str(error).split(": ckpt_path=")[0])
     return None
+
+
+def make_last(path: Path) -> None:
+    """Let ``last.ckpt`` be what ``path`` beside it is: where the run stands, also if there is nothing left to train."""
+    last = path.with_name("last.ckpt")
+    if path == last:
+        return
+    part = last.with_name("last.ckpt.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, part)
+    part.replace(last)
 
 
 def _step_that_it_claims(path: Path) -> float:

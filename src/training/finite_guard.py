@@ -1,6 +1,5 @@
 """What happens when a loss or a gradient is no longer a number."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from src.files import write_json
 from src.tokenizer import token_ids_to_text
 from src.training.position import own_data
 
@@ -63,7 +63,7 @@ def stop(trainer: Trainer, step: StepSoFar, norm: float, lr: float) -> None:
     }
     path = Path(trainer.default_root_dir, "non_finite.json")
     if trainer.is_global_zero:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # NaN and Infinity as Python writes them
+        write_json(path, report)
     raise NonFiniteError(
         f"step {report['step']} was not made: its loss is {sum(losses) / len(losses):g} and the norm of its gradient "
         f"{norm:g}; its text is in {path}: optimizer.learning_rate=<less than {lr:.1e}>, or finite_guard=rollback to "

@@ -3,13 +3,19 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import Any
 
 SIGNALS = [
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1")  # SLURM sends SIGUSR1 before the time is up
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # time almost up under SLURM; the terminal has gone
     if hasattr(signal, name)
 ]
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """:data:`SIGNALS` without a SIGHUP that is ignored already, as under ``nohup``."""
+    return [signum for signum in SIGNALS if signum.name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 class Interrupted(SystemExit):
@@ -22,7 +28,7 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """While this context lasts, the first SIGTERM, SIGINT or SIGUSR1 raises :class:`Interrupted`.
+    """While this context lasts, the first of :data:`SIGNALS` raises :class:`Interrupted`.
 
     Where ``deferred`` is true it is only noted, for :meth:`check` to raise once everything is saved. Later signals do
     nothing.
@@ -46,7 +52,7 @@ class Interruption:
     def install(self) -> None:
         """Listen; again, where another library has taken the signals over."""
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
+            for signum in heeded_signals():
                 before = signal.signal(signum, self._handle)
                 self._before.setdefault(signum, before)
 
@@ -60,6 +66,7 @@ class Interruption:
             return  # a data worker inherits this, and schedulers signal all of a job: the run stops its workers itself
         self.requested = signal.Signals(signum)
         if self.deferred and self.speaks:
-            os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())  # safe in a handler
+            with suppress(OSError):  # the terminal may have gone
+                os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())  # safe in a handler
         if not self.deferred:
             raise Interrupted(signum)
