@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.processes import STARTED_HERE, FailedElsewhere, world_size
+from src.processes import STARTED_HERE, FailedElsewhere, sweeping, world_size
 from src.resume import as_typed, quoted
 from src.training.interruption import SIGNALS, Interrupted, heeded_signals
 
@@ -115,7 +115,8 @@ def start(overrides: list[str], count: int, folder: Path) -> None:
         port = free.getsockname()[1]
     common = {  # as torchrun sets them
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": str(port)},
-        **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", STARTED_HERE: "1"},
+        **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"},
+        STARTED_HERE: "sweep" if sweeping() else "run",
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # else stack traces at each lost process
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1))),
     }

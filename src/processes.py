@@ -15,10 +15,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from src import cli
 from src.resume import quoted
 
-STARTED_HERE = "GPT2_LIGHTNING_PROCESS"  # in the environment of a process that src.launch made
+STARTED_HERE = "GPT2_LIGHTNING_PROCESS"  # "run" or "sweep" in the environment of a process that src.launch made
 ARRIVAL = timedelta(minutes=10)  # that processes wait for each other before training
 
 
@@ -45,6 +48,12 @@ def world_size() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return int(os.environ["SLURM_NTASKS"]) if _under_srun() else 1
+
+
+def sweeping() -> bool:
+    """Whether this is a job of a sweep, whose table tells of each of its folders."""
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return multirun or os.environ.get(STARTED_HERE) == "sweep"
 
 
 def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -201,7 +200,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
                 if speaks:
                     requeue(error)
                 raise
-            if not _sweeping():  # whose table tells of every job
+            if not processes.sweeping():  # whose table tells of every job
                 record.discard_untrained()
             if explained := report.explain(error, cfg, folder):
                 raise ValueError(explained) from error
@@ -210,7 +209,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             status="checked" if cfg.dry_run else "completed",
             seconds=record.seconds_before + time.perf_counter() - started,
         )
-        if cfg.dry_run and not _sweeping():
+        if cfg.dry_run and not processes.sweeping():
             record.discard_untrained()
     report.print_summary(run)
     return run
@@ -460,13 +459,10 @@ def _run(cfg: DictConfig) -> float | None:
         error.told = processes.told_elsewhere(error) or getattr(error, "told", False)
         raise
     finally:
-        if processes.rank() == 0 and not (_sweeping() or (folder / "run.json").exists()):  # nothing was trained
+        kept = processes.sweeping() or (folder / "run.json").exists()
+        if not kept and processes.rank() == 0:
             cli.close_log_files(folder)
             remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
-
-
-def _sweeping() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 if __name__ == "__main__":

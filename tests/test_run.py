@@ -149,7 +149,7 @@ def test_mistakes_met_later_are_one_line_too(tmp_path, overrides, message):
 
 @pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
 def test_dry_run_trains_nothing_and_leaves_nothing(tmp_path, sweep):
-    done = command(tmp_path, "dry_run=true", *sweep)
+    done = command(tmp_path, *sweep, "dry_run=true")
     assert done.returncode == 0
     assert "checked, nothing was trained and no run folder is kept" in done.stdout
     assert done.stdout.count("checked    ") == len(sweep)  # the table's jobs
