@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from src.training.sealed import DamagedError, read_sealed
+from src.training.sealed import DamagedError, printable, read_sealed
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
         found = newest_good_checkpoint(path.parent)
         if found is None:
             raise
-        log.warning("%s, taking %s", str(error).split(": ckpt_path=")[0], found[0])
+        log.warning("%s, taking %s", str(error).split(": ckpt_path=")[0], printable(found[0]))
         return found
 
 
