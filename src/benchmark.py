@@ -253,7 +253,7 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         seed_everything(cfg.seed, verbose=False)
-        datamodule = instantiate(cfg.data, eval_batches=1)
+        datamodule = instantiate(cfg.data)
         datamodule.setup()
         trainer.callbacks.append(Pacer(connection, datamodule))
         trainer.fit(build_module(cfg), datamodule=datamodule)

@@ -212,13 +212,19 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
-    share = {"rank": trainer.global_rank, "ranks": trainer.world_size}
-    datamodule = instantiate(cfg.data, eval_batches=cfg.eval.full_batches, **share)
+    share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    datamodule = instantiate(
+        cfg.data, eval_batches=cfg.eval.batches, accumulate=trainer.accumulate_grad_batches, **share
+    )
     datamodule.prepare_data()
     datamodule.setup()
     batches = len(datamodule.train_dataloader())
     steps = planned_steps(trainer, batches)
     _check_length(cfg, steps)
+    tokens = steps * datamodule.step_windows * cfg.data.context_length
+    datamodule.eval_tokens = EvalConfig(**cfg.eval).resolved_max_tokens(tokens)
+    if checkpoint and cfg.eval.max_tokens is None:  # the same windows as before, however long the run is now
+        datamodule.eval_tokens = checkpoint.get("run", {}).get("eval_tokens", datamodule.eval_tokens)
     if checkpoint:
         check_text(checkpoint, path, datamodule.fixed_values())
         check_epoch(checkpoint, path, batches_per_epoch(trainer, batches) * datamodule.batch_windows)
@@ -272,7 +278,6 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
 
 
 def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run:
-    from src.callbacks.evaluation import EvaluationSchedule
     from src.callbacks.throughput import Throughput
 
     trainer, module, datamodule = run.trainer, run.module, run.datamodule
@@ -280,11 +285,9 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
     if path is None or not cfg.resume:
         report.log_hyperparameters(trainer, record.values["config"])
     if path is None and evaluating:
-        datamodule.eval_batches = cfg.eval.full_batches
         trainer.validate(module, datamodule=datamodule, verbose=False)
         if not cfg.weights:
             report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
-    datamodule.eval_batches = cfg.eval.batches
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
     finally:
@@ -300,16 +303,9 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
             f"no optimizer step was made, the run is at step {trainer.global_step}: "
             f"trainer.max_epochs=<more>, trainer.max_steps=<more> or a longer trainer.max_time"
         )
-    by_schedule = any(isinstance(callback, EvaluationSchedule) for callback in trainer.callbacks)
-    done, full = (
-        [len(loader) for loader in datamodule.eval_dataloaders(batches)]
-        for batches in (cfg.eval.batches, cfg.eval.full_batches)
-    )
-    if evaluating and (not by_schedule or done != full or not module.steps_made):
-        datamodule.eval_batches = cfg.eval.full_batches
+    if evaluating and module.evaluated_step != trainer.global_step:
         trainer.validate(module, datamodule=datamodule, verbose=False)
-    final = {key: value.item() for key, value in trainer.callback_metrics.items()}
-    losses = {"train_loss": final.get("train/eval_loss"), "val_loss": final.get("val/loss")}
+    losses = {"train_loss": module.evaluated.get("train/eval_loss"), "val_loss": module.evaluated.get("val/loss")}
     for key, loss in losses.items():
         if loss is not None and not math.isfinite(loss):
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from src.training.config import EvalConfig
 from src.training.interruption import Interruption
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
         options["val_check_interval"] = NEVER
-        callbacks.insert(0, EvaluationSchedule(cfg.eval.every_steps))
+        callbacks.insert(0, EvaluationSchedule(EvalConfig(**cfg.eval)))
     elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
         options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
     if options["enable_checkpointing"]:

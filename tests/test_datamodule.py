@@ -44,9 +44,9 @@ def test_batches_are_pairs_one_step_apart(make):
 def test_train_drops_the_rest_and_evaluation_keeps_it(make, num_workers):
     data = make(batch_size=4, num_workers=num_workers)  # 22 training windows, 2 of validation
     assert [len(inputs) for inputs, _ in data.train_dataloader()] == [4] * 5
-    val, train = data.eval_dataloaders(None)
+    val, train = data.val_dataloader()
     assert [len(inputs) for inputs, _ in val] == [2]
-    assert [len(inputs) for inputs, _ in train] == [4] * 5 + [2]
+    assert [len(inputs) for inputs, _ in train] == [2]  # as many windows as of the validation split
 
 
 def test_every_epoch_sees_each_window_once_in_its_own_order(make):
@@ -60,13 +60,33 @@ def test_every_epoch_sees_each_window_once_in_its_own_order(make):
     assert sorted(epochs[0]) == sorted(epochs[1])
 
 
-def test_evaluation_sees_the_same_windows_every_time(make):
-    data = make(text=story_of(100), batch_size=2)
-    first, second = ([inputs.tolist() for loader in data.eval_dataloaders(2) for inputs, _ in loader] for _ in range(2))
-    assert first == second
-    assert len(first) == 4
-    training = [inputs.tolist() for inputs, _ in data.train_dataloader()]
-    assert first[2:] == training[:2]
+def starts(loader):
+    return [start for inputs, _ in loader for start in inputs[:, 0].tolist()]
+
+
+def test_every_evaluation_scores_the_same_windows_spread_over_the_split(make):
+    text = "".join(chr(33 + i // 8 % 90) for i in range(2000))
+    data = make(text=text, batch_size=2, eval_tokens=5 * 8 + 7)  # 24 windows of validation
+    val, train = data.val_dataloader()
+    assert [len(chosen) for chosen in data.eval_windows()] == [5, 5]
+    assert (
+        starts(val) == starts(data.val_dataloader()[0]) == [data.val_windows[i][0][0].item() for i in (0, 4, 9, 14, 19)]
+    )
+    assert starts(train) == [data.train_windows[i * 224 // 5][0][0].item() for i in range(5)]
+    assert [len(chosen) for chosen in make(text=text).eval_windows()] == [24, 24]
+    assert [len(chosen) for chosen in make(text=text, eval_batches=15).eval_windows()] == [24, 30]
+
+
+def test_epoch_is_a_whole_number_of_steps_and_leaves_out_other_windows_each_time(make):
+    data = make(text=story_of(100), batch_size=2, accumulate=3)
+    loader = data.train_dataloader()
+    windows, left_over = len(data.train_windows), []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        given = list(loader.sampler)
+        assert len(given) == windows // 6 * 6 == len(loader) * 2 != windows
+        left_over.append(set(range(windows)) - set(given))
+    assert len(set(map(frozenset, left_over))) == 3
 
 
 def test_stride_overlaps_training_windows_only(make):
@@ -86,10 +106,11 @@ def test_stride_overlaps_training_windows_only(make):
         ({"context_length": 500}, "has 180 training tokens and 20 validation tokens"),
         ({"batch_size": 30}, "data.batch_size=30 is more than the 22 training windows"),
         (
-            {"batch_size": 12, "rank": 1, "ranks": 2},
+            {"batch_size": 12, "rank": 1, "world_size": 2},
             "data.batch_size=12 on 2 devices is more than the 22 training windows of",
         ),
-        ({"ranks": 23}, "trainer.devices=22, a smaller"),
+        ({"world_size": 23}, "trainer.devices=22, a smaller"),
+        ({"batch_size": 4, "accumulate": 6}, "trainer.accumulate_grad_batches=6 is more than the 22 training windows"),
         ({"train_ratio": 0.001}, "has 0 training tokens"),
     ],
 )

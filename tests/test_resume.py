@@ -110,7 +110,7 @@ def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, 
 
 def test_tensorboard_curve_without_overlap(tiny_run, at_batch, tmp_path):
     common = ("data.batch_size=4", "eval.every_steps=3", "callbacks=none", "checkpoint.every_steps=5")
-    common += ("eval.batches=1", "eval.full_batches=1")
+    common += ("eval.batches=1",)
 
     def die(module):
         raise RuntimeError("killed")
@@ -341,7 +341,7 @@ def test_a_complete_run_has_nothing_left_to_do(tiny_run, tmp_path):
 
 def test_interrupted_in_the_last_evaluation(tiny_run, tmp_path, monkeypatch):
     """Trained to its end and saved; what is left to do is done."""
-    common = ("callbacks=none", "data.batch_size=4", "eval.batches=1", "eval.full_batches=3")
+    common = ("callbacks=none", "data.batch_size=4", "eval.batches=1")
     whole = tiny_run(*common)
     from lightning.pytorch import Trainer
 

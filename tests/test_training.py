@@ -24,13 +24,15 @@ EXACT = ("model.drop_rate=0", "model.init=torch", "data.shuffle=false", "schedul
 
 
 def plain_losses(text, model, stride, batch_size, accumulate, clip, steps, decay) -> list[float]:
-    """The book's loop in twenty lines, on windows cut by hand; gradients of ``accumulate`` batches are averaged."""
+    """The book's loop in twenty lines, on windows cut by hand: a step is the mean over all windows of ``accumulate``
+    batches, and an epoch has whole steps only."""
     whole = text.read_text()
     tokens = encode(whole[: int(0.9 * len(whole))]).tolist()
     T = model.context_length
     starts = range(0, len(tokens) - T, stride)
     windows = [(tokens[i : i + T], tokens[i + 1 : i + T + 1]) for i in starts]
-    batches = [windows[i : i + batch_size] for i in range(0, len(windows) - batch_size + 1, batch_size)]
+    size = batch_size * accumulate
+    epoch = [windows[i : i + size] for i in range(0, len(windows) - size + 1, size)]
     torch.manual_seed(123)
     net = GPT(model)
     matrices = [p for p in net.parameters() if p.dim() > 1 or decay == "all"]
@@ -38,19 +40,15 @@ def plain_losses(text, model, stride, batch_size, accumulate, clip, steps, decay
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.95))
     losses = []
-    epoch = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)]
-    for micro in itertools.islice(itertools.cycle(epoch), steps):
-        total = 0.0
+    for step in itertools.islice(itertools.cycle(epoch), steps):
         optimizer.zero_grad()
-        for batch in micro:
-            inputs, targets = (torch.tensor(side) for side in zip(*batch, strict=True))
-            loss = F.cross_entropy(net(inputs).flatten(0, 1), targets.flatten())
-            (loss / accumulate).backward()
-            total += loss.item() / len(micro)
+        inputs, targets = (torch.tensor(side) for side in zip(*step, strict=True))
+        loss = F.cross_entropy(net(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
-        losses.append(total)
+        losses.append(loss.item())
     return losses
 
 
@@ -62,7 +60,7 @@ def plain_losses(text, model, stride, batch_size, accumulate, clip, steps, decay
         ({"tie_weights": True, "n_heads": 2}, 16, 5, 1, 1.0, "matrices"),
         ({"tie_weights": True, "qkv_bias": True, "n_layers": 1}, 40, 1, 1, None, "matrices"),
         ({"context_length": 33, "emb_dim": 20}, 1, 4, 1, 0.1, "all"),
-        ({}, 16, 4, 5, 1.0, "matrices"),  # 13 batches in steps of 5, 5 and 3
+        ({}, 16, 4, 5, 1.0, "matrices"),  # 13 batches: two steps of 5, and 3 that are left over
     ],
 )
 def test_every_step_equals_a_plain_loop(tiny_run, text, shape, stride, batch_size, accumulate, clip, decay):
@@ -84,6 +82,30 @@ def test_every_step_equals_a_plain_loop(tiny_run, text, shape, stride, batch_siz
     expected = plain_losses(text, model, stride, batch_size, accumulate, clip, 7, decay)
     assert column(run, "train/loss") == pytest.approx(expected, abs=1e-4)
     assert column(run, "step") == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 5])
+def test_accumulated_gradient_is_that_of_one_batch(tiny_run, monkeypatch, accumulate):
+    """In each step of three epochs that are no multiple of the batch."""
+    found = []
+    for batch_size, batches in (3, accumulate), (3 * accumulate, 1):
+        steps = []
+        monkeypatch.setattr(
+            PretrainingModule,
+            "on_before_optimizer_step",
+            lambda self, _, steps=steps: steps.append([parameter.grad.clone() for parameter in self.parameters()]),
+        )
+        run = tiny_run(
+            *FAST, "trainer.max_epochs=3", "model.drop_rate=0", "data.stride=13",
+            f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={batches}",
+        )  # fmt: skip
+        windows = len(run.datamodule.train_windows)
+        assert windows % (3 * accumulate)
+        assert len(steps) == windows // (3 * accumulate) * 3
+        found.append(steps)
+    for step, expected in zip(*found, strict=True):
+        for one, other in zip(step, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_watching_changes_nothing(tiny_run):

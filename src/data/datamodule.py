@@ -1,6 +1,7 @@
 """The path of one batch: corpus, split, tokens, windows, loader."""
 
 import signal
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from src.data.config import DataConfig
 from src.data.shards import ShardTokens
 from src.data.tokens import read_split
-from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset
+from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset, evenly_spread
 from src.tokenizer import gpt2_tokenizer
 
 
@@ -33,9 +34,13 @@ class TextDataModule(LightningDataModule):
     """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text or shards of tokens.
 
     Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows lie ``stride`` apart; those
-    of the validation split never overlap, so that each of its tokens counts once. ``eval_batches`` limits both
-    evaluation loaders (None: the whole split). Where ``ranks`` processes train together, a batch is that of all of
-    them, ``ranks * batch_size`` windows, and this one, ``rank``, has its share.
+    of the validation split never overlap, so that each of its tokens counts once. An epoch is a whole number of
+    optimizer steps of ``accumulate`` batches. Where ``world_size`` processes train together, a batch is that of all of
+    them, ``world_size * batch_size`` windows, and the process ``rank`` has its share. All three are those of the
+    Trainer once there is one.
+
+    Every evaluation scores the same windows: those of the whole validation split, or ``eval_tokens`` tokens of them
+    spread over it, and as many of the training split; with ``eval_batches``, so many batches of either.
 
     Raises:
         ValueError: an impossible setting, or, on ``setup``, a text or shards that cannot be read or are too short.
@@ -44,17 +49,21 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         *,
+        eval_tokens: int | None = None,
         eval_batches: int | None = None,
         tokenizer: tiktoken.Encoding | None = None,
+        accumulate: int = 1,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         **config: Any,
     ) -> None:
         super().__init__()
         self.config = DataConfig(**config)
         self.tokenizer = tokenizer or gpt2_tokenizer()
+        self.eval_tokens = eval_tokens
         self.eval_batches = eval_batches
-        self.rank, self.ranks = rank, ranks
+        self.accumulate = accumulate
+        self.rank, self.world_size = rank, world_size
         self.corpus_sha256: str | None = None
         self.train_windows: SlidingWindowDataset | None = None
         self.val_windows: SlidingWindowDataset | None = None
@@ -66,6 +75,9 @@ class TextDataModule(LightningDataModule):
             self.setup()  # one process fetches, the others find it in the cache
 
     def setup(self, stage: str | None = None) -> None:
+        if self.trainer is not None:
+            self.accumulate = self.trainer.accumulate_grad_batches
+            self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
         if self.train_windows is not None:
             return
         train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
@@ -77,33 +89,38 @@ class TextDataModule(LightningDataModule):
     @property
     def batch_windows(self) -> int:
         """Windows in a batch of all processes."""
-        return self.config.batch_size * self.ranks
+        return self.config.batch_size * self.world_size
+
+    @property
+    def step_windows(self) -> int:
+        """Windows in an optimizer step."""
+        return self.batch_windows * self.accumulate
 
     def train_dataloader(self) -> DataLoader:
-        self._sampler = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
+        self._sampler = self._order()
         self._sampler.resume_at(*self._resumed)
-        share = RankSampler(self._sampler, self.config.batch_size, self.rank, self.ranks)
-        return self._loader(self.train_windows, sampler=share, drop_last=True)
+        share = RankSampler(self._sampler, self.config.batch_size, self.rank, self.world_size)
+        return self._loader(self.train_windows, sampler=share)
+
+    def _order(self) -> SeededSampler:
+        config = self.config
+        return SeededSampler(len(self.train_windows), config.shuffle, config.seed, self.step_windows)
 
     def val_dataloader(self) -> list[DataLoader]:
-        return self.eval_dataloaders(self.eval_batches)
-
-    def eval_dataloaders(self, batches: int | None) -> list[DataLoader]:
-        """Loaders of the validation split and of the training split, without shuffling.
-
-        ``batches`` of each, or all of them. Of the training split they are the first ones of epoch 0, so they are
-        drawn from everywhere in it, and every evaluation sees the same.
-        """
-        val, train = self.val_windows, self.train_windows
-        if batches is not None:
-            count = batches * self.batch_windows
-            first_epoch = SeededSampler(len(train), self.config.shuffle, self.config.seed)
-            val = Subset(val, range(min(count, len(val))))
-            train = Subset(train, list(islice(first_epoch, count)))
+        """Loaders of the validation split and of the training split."""
         return [
-            self._loader(RankWindows(windows, self.config.batch_size, self.rank, self.ranks))
-            for windows in (val, train)
+            self._loader(RankWindows(Subset(windows, chosen), self.config.batch_size, self.rank, self.world_size))
+            for windows, chosen in zip((self.val_windows, self.train_windows), self.eval_windows(), strict=True)
         ]
+
+    def eval_windows(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Which windows of the validation split and of the training split every evaluation scores."""
+        counts = len(self.val_windows), len(self.train_windows)
+        if self.eval_batches is not None:
+            return tuple(evenly_spread(count, self.eval_batches * self.batch_windows) for count in counts)
+        most = None if self.eval_tokens is None else max(self.eval_tokens // self.config.context_length, 1)
+        val = evenly_spread(counts[0], most)
+        return val, evenly_spread(counts[1], len(val))
 
     def state_dict(self) -> dict[str, int]:
         """How far training has come in the data: the epoch and the batches of it already trained on."""
@@ -131,20 +148,26 @@ class TextDataModule(LightningDataModule):
 
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
         """Where in the training tokens each window of a batch starts."""
-        order = SeededSampler(len(self.train_windows), self.config.shuffle, self.config.seed)
+        order = self._order()
         order.resume_at(epoch, batch * self.batch_windows)
         return [self.train_windows.stride * index for index in islice(order, self.batch_windows)]
 
     def summary(self) -> dict[str, str]:
-        """Windows, batches and tokens of each split, for the start card."""
-        lines = {}
-        for name, windows, drop_last in ("train", self.train_windows, True), ("val", self.val_windows, False):
-            batches = len(windows) // self.batch_windows if drop_last else -(-len(windows) // self.batch_windows)
-            lines[name] = f"{len(windows):,} windows in {batches:,} batches, {len(windows.tokens):,} tokens"
-        seen = len(self.train_windows) // self.batch_windows * self.batch_windows * self.config.context_length
-        repeats = seen / len(self.train_windows.tokens)
-        lines["train"] += f", each seen {repeats:.2f} times per epoch on average"
-        return lines
+        """Windows and tokens of each split, and what of them is evaluated, for the start card."""
+        splits = {"val": self.val_windows, "train": self.train_windows}
+        length, scored = self.config.context_length, []
+        for (name, windows), chosen in zip(splits.items(), self.eval_windows(), strict=True):
+            every = "all " if len(chosen) == len(windows) else ""
+            scored.append(f"{every}{len(chosen):,} {name} windows ({len(chosen) * length:,} tokens)")
+        train = self.train_windows
+        steps = len(train) // self.step_windows
+        seen = steps * self.step_windows * length / len(train.tokens)
+        return {
+            "train": f"{len(train):,} windows in {steps * self.accumulate:,} batches, {len(train.tokens):,} tokens, "
+            f"each seen {seen:.2f} times per epoch on average",
+            "val": f"{len(self.val_windows):,} windows, {len(self.val_windows.tokens):,} tokens",
+            "evaluation": " and ".join(scored),
+        }
 
     def _check(self, train: np.ndarray | ShardTokens, val: np.ndarray | ShardTokens) -> None:
         context_length, source = self.config.context_length, self.config.source
@@ -161,10 +184,16 @@ class TextDataModule(LightningDataModule):
                 f"data.path={source} has {have}; one window needs context_length + 1 = {context_length + 1}: {cure}"
             )
         windows = len(SlidingWindowDataset(train, context_length, self.config.stride or context_length))
-        if windows < self.batch_windows:
-            asked = f"data.batch_size={self.config.batch_size}{f' on {self.ranks} devices' if self.ranks > 1 else ''}"
-            fits = windows // self.ranks
-            cure = f"data.batch_size={fits}" if fits else f"trainer.devices={windows}"
+        if windows < self.step_windows:
+            parts = {"data.batch_size": self.config.batch_size, "trainer.accumulate_grad_batches": self.accumulate}
+            asked = " ".join(f"{key}={value}" for key, value in parts.items() if value > 1)
+            asked += f" on {self.world_size} devices" if self.world_size > 1 else ""
+            cures = {
+                "trainer.accumulate_grad_batches": windows // self.batch_windows,
+                "data.batch_size": windows // (self.world_size * self.accumulate),
+                "trainer.devices": windows,
+            }
+            cure = next(f"{key}={value}" for key, value in cures.items() if value)
             raise ValueError(
                 f"{asked} is more than the {windows} training windows of data.path={source}: "
                 f"{cure}, a smaller data.stride or more text"

@@ -1,7 +1,7 @@
 """Sliding windows over a flat array of tokens, and the order in which they are trained on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -39,17 +39,24 @@ class SlidingWindowDataset(Dataset):
         return window[:-1], window[1:]
 
 
+def evenly_spread(count: int, most: int | None) -> Sequence[int]:
+    """At most ``most`` of ``range(count)``, at equal distances over all of it; None: all."""
+    return range(count) if most is None or most >= count else [place * count // most for place in range(most)]
+
+
 class SeededSampler(Sampler[int]):
     """Indices ``0 .. length - 1`` in an order that is a function of ``(seed, epoch)`` alone.
 
-    Lightning calls ``set_epoch``; ``resume_at`` names the epoch and the number of indices of it that an earlier
-    process has already given out.
+    An epoch has a multiple of ``multiple`` indices; which are left over depends on its order. Lightning calls
+    ``set_epoch``; ``resume_at`` names the epoch and the number of indices of it that an earlier process has already
+    given out.
     """
 
-    def __init__(self, length: int, shuffle: bool, seed: int) -> None:
+    def __init__(self, length: int, shuffle: bool, seed: int, multiple: int = 1) -> None:
         self.length = length
         self.shuffle = shuffle
         self.seed = seed
+        self.multiple = multiple
         self.epoch = 0
         self._resumed = (0, 0)
 
@@ -61,15 +68,15 @@ class SeededSampler(Sampler[int]):
         self._resumed = (epoch, given_out)
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // self.multiple * self.multiple
 
     def __iter__(self) -> Iterator[int]:
         epoch, given_out = self._resumed
         first = given_out if self.epoch == epoch else 0
         if not self.shuffle:
-            return iter(range(first, self.length))
+            return iter(range(first, len(self)))
         keys = np.random.SeedSequence([self.seed, self.epoch]).generate_state(ROUNDS, np.uint64)
-        return shuffled(self.length, keys, first)
+        return islice(shuffled(self.length, keys, first), max(len(self) - first, 0))
 
 
 def shuffled(length: int, keys: np.ndarray, first: int = 0) -> Iterator[int]:
@@ -109,7 +116,8 @@ def _scrambled(numbers: np.ndarray) -> np.ndarray:
 
 class RankSampler(Sampler[int]):
     """What one of ``ranks`` processes trains on: the ``rank``-th share of every ``ranks * batch_size`` indices that
-    ``sampler`` gives out. The order as a whole is the same for any number of processes; an incomplete end is left out.
+    ``sampler`` gives out, whose number is a multiple of that. The order as a whole is the same for any number of
+    processes.
     """
 
     def __init__(self, sampler: SeededSampler, batch_size: int, rank: int, ranks: int) -> None:
@@ -122,11 +130,11 @@ class RankSampler(Sampler[int]):
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.sampler) // (self.batch_size * self.ranks) * self.batch_size
+        return len(self.sampler) // self.ranks
 
     def __iter__(self) -> Iterator[int]:
         indices, whole = iter(self.sampler), self.batch_size * self.ranks
-        while len(batch := list(islice(indices, whole))) == whole:
+        while batch := list(islice(indices, whole)):
             yield from batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
 

@@ -1,8 +1,11 @@
 """The numbers of a training run, and what makes them impossible."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+EVALUATIONS = 25
+EVAL_SHARE, EVAL_TOKENS = 1 / 500, 4096
 PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", 16, 32, 64)
 
 
@@ -138,22 +141,38 @@ def _steps(steps_or_share: float, total_steps: int) -> int:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """When to evaluate, in optimizer steps, and over how many batches (None: the whole split). ``full_batches`` counts
-    for the evaluations before the first and after the last step."""
+    """When to evaluate, and over how much of each split.
 
-    every_steps: int = 15
-    batches: int | None = 5
-    full_batches: int | None = 200
+    ``every_steps=None`` makes about :data:`EVALUATIONS` of them. ``max_tokens=None`` scores the whole validation split,
+    or, where that is less, :data:`EVAL_SHARE` of the tokens that the run trains on, but :data:`EVAL_TOKENS` at least:
+    a forward pass takes a third of a training step's operations, so all evaluations of both splits take below 5 % of
+    the run. ``batches`` scores so many batches of each split instead, as the book does.
+    """
+
+    every_steps: int | None = None
+    max_tokens: int | None = None
+    batches: int | None = None
 
     def __post_init__(self) -> None:
-        found = []
-        if self.every_steps < 1:
-            found.append(f"eval.every_steps={self.every_steps} must be at least 1: eval.every_steps=15")
-        for key in ("batches", "full_batches"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                found.append(f"eval.{key}={value} must be at least 1, or null for the whole split: eval.{key}=null")
+        found = [
+            f"eval.{key}={getattr(self, key)} must be at least 1: eval.{key}=null"
+            for key in ("every_steps", "max_tokens", "batches")
+            if getattr(self, key) is not None and getattr(self, key) < 1
+        ]
         if found:
             raise ValueError("\n".join(found))
+
+    def resolved_every_steps(self, total_steps: float, steps_per_epoch: int) -> int:
+        """Optimizer steps between evaluations; of a run without an end, an epoch."""
+        if self.every_steps is not None:
+            return self.every_steps
+        return max(math.ceil(total_steps / EVALUATIONS), 1) if math.isfinite(total_steps) else steps_per_epoch
+
+    def resolved_max_tokens(self, total_tokens: float) -> int:
+        """The most tokens of each split that an evaluation scores, in a run that trains on ``total_tokens``."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return max(int(total_tokens * EVAL_SHARE), EVAL_TOKENS) if math.isfinite(total_tokens) else EVAL_TOKENS
 
 
 @dataclass(frozen=True)

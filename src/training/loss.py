@@ -24,7 +24,8 @@ def next_token_loss(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), dtype, compiled)
+    differentiable = torch.is_grad_enabled()  # which forward, called without gradients, cannot ask
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), dtype, compiled, differentiable)
     return total / (targets >= 0).sum() if reduction == "mean" else total
 
 
@@ -33,9 +34,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ``dtype``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        compiled: bool,
+        differentiable: bool,
+    ) -> Tensor:
         losses = _compiled_losses() if compiled else _losses
-        differentiable = any(ctx.needs_input_grad)
+        differentiable &= any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             cast = head.to(dtype)
             logits = hidden.to(dtype) @ cast.T  # (N, V)
@@ -54,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 of_hidden = (gradient @ head).to(hidden.dtype) * grad  # (N, C)
             if ctx.needs_input_grad[1]:
                 of_head = (gradient.T @ (hidden * grad).to(head.dtype)).to(ctx.head_dtype)  # (V, C)
-        return of_hidden, of_head, None, None, None
+        return of_hidden, of_head, None, None, None, None
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
 from src.training.loss import next_token_loss
 from src.training.optim import build_optimizer, learning_rate_at
-from src.training.position import fixed_values, rescale_position, restore_position, write_position
+from src.training.position import own_data, rescale_position, restore_position, write_position, write_run
 from src.training.sharded import FullyShardedStrategy, share_out
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
@@ -57,6 +57,8 @@ class PretrainingModule(LightningModule):
         self.steps_made = 0  # by this process
         self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
         self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
+        self.evaluated_step: int | None = None
+        self.evaluated: dict[str, float] = {}  # the losses of that step
         self._eval_sums: dict[str, Tensor] = {}  # split -> sum of losses, number of tokens
         self._step = StepSoFar()
 
@@ -145,7 +147,7 @@ class PretrainingModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         self.steps_made += 1
         if self._step.losses:  # not all skipped
-            self.log("train/loss", losses.mean(), prog_bar=True)
+            self.log("train/loss", losses.mean())
         self._step = StepSoFar()
         metrics = {
             "step": self.global_step + 1,
@@ -179,9 +181,11 @@ class PretrainingModule(LightningModule):
         return losses
 
     def on_validation_epoch_end(self) -> None:
-        for split, loss in self.eval_losses().items():
-            self.log(EVAL_LOSS[split], loss, prog_bar=split == "val")
-        self.log_dict({"step": self._exact(self.global_step), "tokens_seen": self._exact(self.tokens_seen)})
+        losses = {EVAL_LOSS[split]: loss for split, loss in self.eval_losses().items()}
+        position = {"step": self._exact(self.global_step), "tokens_seen": self._exact(self.tokens_seen)}
+        self.log_dict(losses | position)
+        self.evaluated_step = self.global_step
+        self.evaluated = {key: loss.item() for key, loss in losses.items()}
 
     def _exact(self, value: Any) -> Tensor:
         """``value`` in the widest float of this device: float32 holds no token count beyond 16,777,216."""
@@ -189,17 +193,14 @@ class PretrainingModule(LightningModule):
         return torch.as_tensor(value, dtype=dtype, device=self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        write_position(self.trainer, checkpoint)
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["schedule_steps"] = self.schedule_steps
         checkpoint["skipped_batches"] = sorted(self.skipped_batches)
-        checkpoint["fixed_values"] = fixed_values(self.trainer)
-        checkpoint["processes"] = self.trainer.world_size
-        checkpoint["batch_windows"] = self.trainer.datamodule.batch_windows
-        checkpoint["epoch_windows"] = self.trainer.num_training_batches * self.trainer.datamodule.batch_windows
+        write_position(self.trainer, checkpoint)
+        write_run(self.trainer, checkpoint, self.evaluated if self.evaluated_step == self.global_step else {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None:
-            rescale_position(checkpoint, self.trainer.datamodule.batch_windows)
+        if self._trainer is not None and (data := own_data(self.trainer)):
+            rescale_position(checkpoint, data.batch_windows)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self.skipped_batches |= set(checkpoint.get("skipped_batches", []))

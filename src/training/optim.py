@@ -69,9 +69,23 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedul
 
 
 def batches_per_epoch(trainer: Trainer, batches: int) -> int:
-    """How many of an epoch's ``batches`` are trained on."""
-    limit = trainer.overfit_batches or trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    """How many of an epoch's ``batches`` are trained on.
+
+    Raises:
+        ValueError: their number is no multiple of ``trainer.accumulate_grad_batches``; an epoch is a whole number of
+            steps.
+    """
+    key = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+    limit, accumulate = getattr(trainer, key), trainer.accumulate_grad_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if batches % accumulate:
+        fits = batches // accumulate * accumulate
+        cure = f"trainer.{key}={fits}" if fits else f"trainer.accumulate_grad_batches={batches}"
+        raise ValueError(
+            f"trainer.{key}={limit} leaves {batches} batches of an epoch, no multiple of "
+            f"trainer.accumulate_grad_batches={accumulate}: {cure}"
+        )
+    return batches
 
 
 def planned_steps(trainer: Trainer, batches: int) -> float:
@@ -81,5 +95,5 @@ def planned_steps(trainer: Trainer, batches: int) -> float:
     """
     batches = batches_per_epoch(trainer, batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs if batches else 0
+    steps = batches // trainer.accumulate_grad_batches * epochs if batches else 0
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

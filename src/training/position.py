@@ -1,5 +1,6 @@
 """Where a run stands, written into a checkpoint so that Lightning goes on exactly there."""
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -62,10 +63,30 @@ def rescale_position(checkpoint: dict[str, Any], batch_windows: int) -> None:
     )
 
 
-def fixed_values(trainer: Trainer) -> dict[str, Any]:
-    """What a continued run cannot change without losing its meaning, by the names of the overrides."""
-    return {
-        **trainer.datamodule.fixed_values(),
+def own_data(trainer: Trainer) -> Any | None:
+    """The data module, if it is this project's, which knows the order of its batches; users may bring their own."""
+    return trainer.datamodule if hasattr(trainer.datamodule, "fixed_values") else None
+
+
+def write_run(trainer: Trainer, checkpoint: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Put what ``checkpoint`` is of into it: its step, tokens and ``metrics``, the text and how that was cut, and which
+    windows every evaluation scores; and what a continued run cannot change without losing its meaning."""
+    checkpoint["run"] = {
+        "step": trainer.global_step,
+        "tokens_seen": checkpoint["tokens_seen"],
+        "precision": str(trainer.precision),
+        "metrics": metrics,
+    }
+    data = own_data(trainer)
+    if data is None:
+        return
+    scored = dict(zip(("val", "train"), map(len, data.eval_windows()), strict=True))
+    checkpoint["run"] |= {"data": asdict(data.config), "eval_tokens": data.eval_tokens, "eval_windows": scored}
+    checkpoint["fixed_values"] = {
+        **data.fixed_values(),
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.limit_train_batches": trainer.limit_train_batches,
     }
+    checkpoint["processes"] = trainer.world_size
+    checkpoint["batch_windows"] = data.batch_windows
+    checkpoint["epoch_windows"] = trainer.num_training_batches * data.batch_windows
