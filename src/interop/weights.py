@@ -88,10 +88,10 @@ def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
     best = checkpoints / "best.ckpt"
     if best.is_file():
         try:
-            return best, read_sealed(best, key)
+            return best, read_sealed(best, key, unsealed=True)
         except DamagedError as error:
             log.warning("%s", str(error).split(f": {key}=")[0])
-    found = newest_good_checkpoint(checkpoints)
+    found = newest_good_checkpoint(checkpoints, unsealed=True)
     if found is None:
         raise ValueError(f"{key}={folder} has no checkpoint that can be read: {key}=<another run folder>")
     log.info("taking %s", printable(found[0]))

@@ -12,13 +12,13 @@ from src.training.sealed import DamagedError, printable, read_sealed
 log = logging.getLogger(__name__)
 
 
-def read_checkpoint(path: Path, key: str = "ckpt_path") -> dict[str, Any]:
+def read_checkpoint(path: Path, key: str = "ckpt_path", unsealed: bool = False) -> dict[str, Any]:
     """The content of a checkpoint of a run. See :func:`~src.training.sealed.read_sealed`.
 
     Raises:
         ValueError: a file of another kind.
     """
-    content = read_sealed(path, key)
+    content = read_sealed(path, key, unsealed)
     if not (isinstance(content, dict) and content.get("optimizer_states") and "hyper_parameters" in content):
         raise ValueError(f"{key}={path} has no optimizer to go on with: weights={path} to start from its weights")
     return content
@@ -40,11 +40,12 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
         return found
 
 
-def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in ``folder`` of the latest step that is sound, with its content; damaged ones are reported."""
+def newest_good_checkpoint(folder: Path, unsealed: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint in ``folder`` of the latest step that is sound, with its content; damaged ones are reported.
+    See :func:`~src.training.sealed.read_sealed` for ``unsealed``."""
     for path in sorted(folder.glob("*.ckpt"), key=_step_that_it_claims, reverse=True):
         try:
-            return path, read_checkpoint(path)
+            return path, read_checkpoint(path, unsealed=unsealed)
         except ValueError as error:
             log.warning("%s: looking for an older one", str(error).split(": ckpt_path=")[0])
     return None

@@ -139,7 +139,7 @@ def read_sealed(path: Path, key: str, unsealed: bool = False) -> Any:
     if isinstance(content, dict) and "state_dict" in content and not sealed:
         if not unsealed:
             raise DamagedError(f"{named} is damaged, or not of this project, it has no SHA-256: {cure}")
-        log.warning("%s has no SHA-256, as another Trainer wrote it: damage to it would go unnoticed", named)
+        log.warning("%s was written without a SHA-256: damage to it would go unnoticed", printable(path))
     return content
 
 
