@@ -22,7 +22,7 @@ class TextSamples(Callback):
     """Continues fixed prompts before training and after every ``every_n_epochs`` epochs, greedily and by sampling.
 
     Written to the log, to ``samples.md`` in the trainer's root folder, and to TensorBoard as text. Draws come from a
-    generator of its own, seeded by ``seed`` and the step.
+    generator of its own, seeded by ``seed``, the step and the prompt's place in the list.
 
     Raises:
         ValueError: prompts that are no list of texts, or an impossible number.
@@ -99,7 +99,8 @@ class TextSamples(Callback):
     def _continuations(self, net: GPT, trainer: Trainer, pl_module: LightningModule, prompt: str) -> dict[str, str]:
         data = trainer.datamodule
         tokens = text_to_token_ids(prompt, data.tokenizer, data.config.special_tokens).to(pl_module.device)
-        state = np.random.SeedSequence([self.seed, trainer.global_step]).generate_state(1, np.uint64)
+        place = [self.seed, trainer.global_step, self.prompts.index(prompt)]
+        state = np.random.SeedSequence(place).generate_state(1, np.uint64)
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
         drawn = ", ".join(
             f"{key.replace('_', '-')} {value:g}"
