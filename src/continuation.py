@@ -96,7 +96,7 @@ def check_epoch(checkpoint: dict[str, Any], path: Path, windows: int) -> None:
         batch = checkpoint["batch_windows"]
         raise ValueError(
             f"an epoch would have {windows:,} windows, that of {path} has {before:,}, in batches of {batch}: "
-            f"trainer.devices x data.batch_size = {batch}"
+            f"trainer.devices x data.batch_size = {batch}, or weights={path} for a new run"
         )
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from src.processes import lost_peer
 from src.resume import command_to_resume
+from src.training.config import EvalConfig
 from src.training.interruption import Interrupted
 
 if TYPE_CHECKING:
@@ -61,14 +62,18 @@ def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
     length = cfg.data.context_length
     optimizer = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks, AdamW"}[cfg.optimizer.name]
     fused = "not fused" if cfg.optimizer.fused is False else "fused"
+    data = run.datamodule.summary()
+    interval = EvalConfig(**cfg.eval).resolved_every_steps(steps, run.datamodule.steps_per_epoch)
+    evaluation = data.pop("evaluation")
     card = {
         "parameters": f"{record['parameters']:,}",
-        **run.datamodule.summary(),
+        **data,
         "step": f"{windows * length:,} tokens ({windows} windows of {length})",
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],
         "optimizer": f"{optimizer}, {fused}, {cfg.schedule.name} schedule",
+        "evaluation": f"every {interval} steps, of {evaluation}",
         "run folder": str(run.folder),
     }
     for key, value in card.items():

@@ -61,8 +61,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
         options["precision"] = pick_precision(accelerator)
     if options["max_epochs"] is None and options["max_steps"] == -1:
         options["max_epochs"] = DEFAULT_EPOCHS
-    if options["enable_progress_bar"] is None:
-        options["enable_progress_bar"] = sys.stdout.isatty()
+    options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
         options["strategy"] = FullyShardedStrategy()
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]

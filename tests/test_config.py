@@ -119,7 +119,7 @@ BAD = {
     "trainer.gpus=1": "trainer.",
     "schedule.min_lr=1": "schedule.min_lr=0",
     "schedule=linear": "constant",
-    "eval.every_steps=0": "eval.every_steps=15",
+    "eval.every_steps=0": "eval.every_steps=null",
     "eval.batches=0": "eval.batches=null",
     "checkpoint.every_minutes=-1": "checkpoint.every_minutes=null",
     "trainer.max_epochs=0": "trainer.max_epochs=1",

@@ -101,6 +101,7 @@ def test_files_can_be_read_in_one_sitting():
         "src/training/module.py",  # one LightningModule
         "src/verify_resume.py",  # a run, its double, its interruptions, and the comparison
         "src/data/datamodule.py",  # the whole path of one batch
+        "src/data/windows.py",  # windows, their order, and each rank's part of it
         "src/data/prepare.py",  # from files to shards, and whether a folder may be gone on with
         "src/data/shard_writer.py",  # one writer, and all that a kill may leave behind
         "src/data/documents.py",  # three formats, two packings, and what can be wrong with them

@@ -1,6 +1,7 @@
 """A run as its user meets it: the command, its folder, its sweep, its dashboard."""
 
 import csv
+import fcntl
 import json
 import logging
 import os
@@ -8,13 +9,16 @@ import pty
 import re
 import select
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyte
 import pytest
 from conftest import column, metrics_of
 
@@ -89,7 +93,7 @@ def test_record(finished):
 
 def test_console_says_what_matters(finished):
     done, run = finished
-    for said in ("parameters", "3,243,776", "windows in", "seen", "steps       2", "precision", "loss in evaluation"):
+    for said in ("parameters", "3,243,776", "windows in", "seen", "steps       2", "precision", "step 2/2: val loss "):
         assert said in done.stdout
     assert "Every effort moves you" in done.stdout
     assert done.stderr == ""
@@ -100,8 +104,8 @@ def test_console_says_what_matters(finished):
 def test_samples(finished):
     _, run = finished
     text = (run / "samples.md").read_text()
-    assert re.findall(r"^## (step \d+), epoch", text, re.M) == ["step 0", "step 2"]
-    assert text.count("Every effort moves you") == 4  # greedy and sampled, before and after
+    assert re.findall(r"^## (step \d+), epoch", text, re.M) == ["step 0", "step 1", "step 2"]
+    assert text.count("Every effort moves you") == 6  # greedy and sampled, before and after each step
 
 
 def test_plots_are_pictures(finished):
@@ -221,26 +225,40 @@ def test_sweep_reports_each_job_and_outlives_a_failure(tmp_path):
     assert losses == sorted(losses)
 
 
-def test_progress_bar_on_a_terminal_only(tmp_path, finished):
-    assert "Epoch" not in finished[0].stdout
-    ours, theirs = pty.openpty()
+@pytest.mark.parametrize("columns", [80, 140])
+def test_terminal_shows_every_evaluation_and_one_bar(tmp_path, columns):
+    """As a terminal shows it: what a progress bar has written over is gone."""
+    screen = pyte.HistoryScreen(columns, 50, history=2000, ratio=1)
+    terminal, ours, theirs = pyte.ByteStream(screen), *pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-m", "src.train", *TINY, "logger=none"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent), "TERM": "xterm", "COLUMNS": "150"},
+        [sys.executable, "-m", "src.train", *TINY, "trainer.max_steps=40", "logger=csv"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent), "TERM": "xterm-256color"},
         stdout=theirs, stderr=theirs,
     )  # fmt: skip
     os.close(theirs)
-    output = b""
+    bars = []
     while select.select([ours], [], [], 120)[0]:
         try:
-            output += os.read(ours, 4096)
+            terminal.feed(os.read(ours, 4096))
         except OSError:
             break
+        bars.append([line for line in screen.display if re.match(r"step +\d+/40 ━", line)])
     assert process.wait() == 0
-    screen = output.decode()
-    assert "Epoch" in screen
-    assert "train/loss" in screen
-    assert "Every effort moves you" in screen
+    rows = [*screen.history.top, *(screen.buffer[at] for at in range(screen.lines))]
+    lines = ["".join(row[at].data for at in range(columns)).rstrip() for row in rows]
+    (run,) = tmp_path.glob("outputs/*/*")
+    with (run / "metrics.csv").open(newline="") as file:
+        evaluated = [row["step"] for row in csv.DictReader(file) if row["val/loss"]]
+    shown = [re.match(r"step (\d+)(/40)?: val loss \d", line) for line in lines]
+    assert [found[1] for found in shown if found] == evaluated
+    assert len(evaluated) == 21
+    assert max(map(len, bars)) == 1
+    assert any(
+        re.search(r"loss \d+\.\d{3}, [\d,]+ tokens/s, 0:00:\d\d left$", bar.rstrip()) for (bar,) in filter(None, bars)
+    )
+    assert not any("━" in line or "Epoch" in line for line in lines)
+    assert any(line.startswith("greedy | Every effort moves you") for line in lines)
 
 
 def test_plain_lines_elsewhere(tiny_run, caplog):

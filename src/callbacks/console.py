@@ -1,39 +1,62 @@
 """What a person sees while a run trains."""
 
+from __future__ import annotations
+
 import logging
 import math
+import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 log = logging.getLogger(__name__)
+
+REFRESH = 0.5  # seconds between updates of the bar: to read a metric waits for the device
 
 
 class Console(Callback):
-    """One line per evaluation; where no progress bar is drawn, also a line of progress every ``every_seconds``."""
+    """One line per evaluation, and one progress bar over the optimizer steps of the run; without it, a line of progress
+    every ``every_seconds``. ``progress_bar=None``: on a terminal."""
 
-    def __init__(self, every_seconds: float = 20.0) -> None:
+    def __init__(self, every_seconds: float = 20.0, progress_bar: bool | None = None) -> None:
         self.every_seconds = every_seconds
-        self._last_line = 0.0
+        self.progress_bar = progress_bar
+        self._bar: Progress | None = None
+        self._shown_at = 0.0
         self._started = 0.0
         self._first_step = self._step = 0
         self._total_steps = math.nan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._last_line = time.monotonic()
+        self._shown_at = time.monotonic()
+        if trainer.is_global_zero and (sys.stdout.isatty() if self.progress_bar is None else self.progress_bar):
+            self._bar = _started_bar()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
         self._first_step = self._step = trainer.global_step
         self._total_steps = trainer.estimated_stepping_batches
+        if self._bar is not None:
+            total = self._total_steps if math.isfinite(self._total_steps) else None
+            self._bar.add_task("step", total=total, completed=self._step, figures="")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step != self._step and self._due(trainer):
-            self._print_progress(trainer)
+            metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+            self._show(trainer, self._figures(trainer, metrics, brief=self._bar is not None))
         self._step = trainer.global_step
 
     def on_validation_batch_end(
@@ -47,35 +70,63 @@ class Console(Callback):
     ) -> None:
         if self._due(trainer):
             batches = trainer.num_val_batches[dataloader_idx] if trainer.num_val_batches else "?"
-            log.info("%s, evaluating: batch %d/%s", self._at(trainer), batch_idx + 1, batches)
+            self._show(trainer, f"evaluating, batch {batch_idx + 1}/{batches}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
         if trainer.sanity_checking or "val/loss" not in metrics:
             return
         val = metrics["val/loss"].item()
-        train = f"train {metrics['train/eval_loss'].item():.3f}, " if "train/eval_loss" in metrics else ""
-        log.info("%s: loss in evaluation %sval %.3f, val perplexity %s", self._at(trainer), train, val, _exp(val))
+        train = f", train {metrics['train/eval_loss'].item():.3f}" if "train/eval_loss" in metrics else ""
+        tokens = f"{pl_module.evaluated_tokens['val']:,} tokens"
+        log.info("%s: val loss %.3f (perplexity %s, %s)%s", self._at(trainer), val, _exp(val), tokens, train)
 
     def _due(self, trainer: Trainer) -> bool:
         now = time.monotonic()
-        if trainer.progress_bar_callback is not None or now - self._last_line < self.every_seconds:
+        if now - self._shown_at < (self.every_seconds if self._bar is None else REFRESH):
             return False
-        self._last_line = now
+        self._shown_at = now
         return trainer.is_global_zero
 
-    def _print_progress(self, trainer: Trainer) -> None:
-        metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    def _show(self, trainer: Trainer, figures: str) -> None:
+        if self._bar is None:
+            log.info("%s: %s", self._at(trainer), figures)
+        else:
+            task = self._bar.task_ids[0] if self._bar.task_ids else self._bar.add_task("step 0", total=None, figures="")
+            self._bar.update(task, completed=trainer.global_step, figures=figures)
+
+    def _figures(self, trainer: Trainer, metrics: dict[str, float], brief: bool) -> str:
         loss, lr, rate = (metrics.get(key, math.nan) for key in ("train/loss", "lr", "perf/tokens_per_second"))
         seconds = (time.monotonic() - self._started) / (trainer.global_step - self._first_step)
         seconds *= self._total_steps - trainer.global_step
-        left = f", {timedelta(seconds=round(seconds))} left" if math.isfinite(seconds) else ""
+        more = "" if brief else f", perplexity {_exp(loss)}, lr {lr:.2e}"
         speed = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
-        log.info("%s: loss %.3f, perplexity %s, lr %.2e%s%s", self._at(trainer), loss, _exp(loss), lr, speed, left)
+        left = f", {timedelta(seconds=round(seconds))} left" if math.isfinite(seconds) else ""
+        return f"loss {loss:.3f}{more}{speed}{left}"
 
     def _at(self, trainer: Trainer) -> str:
         total = f"/{self._total_steps}" if math.isfinite(self._total_steps) else ""
         return f"step {trainer.global_step}{total}"
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _started_bar() -> Progress:
+    """A bar that leaves nothing behind; what is printed meanwhile appears above it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(None),
+        TextColumn("{task.fields[figures]}"),
+    )
+    bar = Progress(*columns, transient=True, expand=True, refresh_per_second=4)
+    bar.start()
+    return bar
 
 
 def _exp(loss: float) -> str:

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from src.generation.config import Sampling
 from src.generation.decode import generate
 from src.model.gpt import GPT
-from src.tokenizer import text_to_token_ids, token_ids_to_text
+from src.tokenizer import gpt2_tokenizer, text_to_token_ids, token_ids_to_text
 from src.training.sharded import whole_net
 
 log = logging.getLogger(__name__)
 
+PER_RUN = 10  # texts at least
+
 
 class TextSamples(Callback):
-    """Continues fixed prompts before training and after every ``every_n_epochs`` epochs, greedily and by sampling.
+    """Continues fixed prompts, greedily and by sampling: before training, after every ``every_n_epochs`` epochs, and
+    after an evaluation where a tenth of the run has passed without.
 
     Written to the log, to ``samples.md`` in the trainer's root folder, and to TensorBoard as text. Draws come from a
     generator of its own, seeded by ``seed``, the step and the prompt's place in the list.
@@ -58,16 +62,22 @@ class TextSamples(Callback):
         self.max_new_tokens = max_new_tokens
         self.every_n_epochs = every_n_epochs
         self.seed = seed
+        self._step: int | None = None  # of the latest samples
         self._written = 0  # bytes of samples.md
 
-    def state_dict(self) -> dict[str, int]:
-        return {"bytes": self._written}
+    def state_dict(self) -> dict[str, Any]:
+        return {"bytes": self._written, "step": self._step}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._written = state_dict["bytes"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._written, self._step = state_dict["bytes"], state_dict.get("step")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
+            self._sample(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        since = trainer.global_step - (self._step or 0)
+        if trainer.state.fn == "fit" and since * PER_RUN >= trainer.estimated_stepping_batches:
             self._sample(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,6 +85,9 @@ class TextSamples(Callback):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step == trainer.global_step:
+            return
+        self._step = trainer.global_step
         net = whole_net(pl_module.net, trainer)
         if trainer.is_global_zero:
             self._write(net, trainer, pl_module)
@@ -97,8 +110,9 @@ class TextSamples(Callback):
                 logger.experiment.add_text("samples", entry, step)
 
     def _continuations(self, net: GPT, trainer: Trainer, pl_module: LightningModule, prompt: str) -> dict[str, str]:
-        data = trainer.datamodule
-        tokens = text_to_token_ids(prompt, data.tokenizer, data.config.special_tokens).to(pl_module.device)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None) or gpt2_tokenizer()
+        special_tokens = getattr(getattr(trainer.datamodule, "config", None), "special_tokens", "parse")
+        tokens = text_to_token_ids(prompt, tokenizer, special_tokens).to(pl_module.device)
         place = [self.seed, trainer.global_step, self.prompts.index(prompt)]
         state = np.random.SeedSequence(place).generate_state(1, np.uint64)
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
@@ -117,9 +131,9 @@ class TextSamples(Callback):
             sampling,
             generator,
             num_samples=2,
-            vocab_size=data.tokenizer.n_vocab,
+            vocab_size=tokenizer.n_vocab,
         )  # (2, T + max_new_tokens)
-        return dict(zip(("greedy", drawn), (token_ids_to_text(row, data.tokenizer) for row in rows), strict=True))
+        return dict(zip(("greedy", drawn), (token_ids_to_text(row, tokenizer) for row in rows), strict=True))
 
 
 def _quoted(text: str) -> str:

@@ -45,11 +45,11 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens_before = pl_module.tokens_seen
         self._step = trainer.global_step
-        self._flops_per_token = flops_per_token(pl_module.net.config, trainer.datamodule.config.context_length)
         peak = _peak(pl_module.device, str(trainer.precision))
         self._peak = peak and peak * trainer.world_size
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._flops_per_token = flops_per_token(pl_module.net.config, batch[0].shape[1])
         if self._running_since is None:
             self._start()
 

@@ -96,6 +96,10 @@ class TextDataModule(LightningDataModule):
         """Windows in an optimizer step."""
         return self.batch_windows * self.accumulate
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_windows) // self.step_windows
+
     def train_dataloader(self) -> DataLoader:
         self._sampler = self._order()
         self._sampler.resume_at(*self._resumed)
@@ -159,11 +163,10 @@ class TextDataModule(LightningDataModule):
         for (name, windows), chosen in zip(splits.items(), self.eval_windows(), strict=True):
             every = "all " if len(chosen) == len(windows) else ""
             scored.append(f"{every}{len(chosen):,} {name} windows ({len(chosen) * length:,} tokens)")
-        train = self.train_windows
-        steps = len(train) // self.step_windows
-        seen = steps * self.step_windows * length / len(train.tokens)
+        train, batches = self.train_windows, self.steps_per_epoch * self.accumulate
+        seen = self.steps_per_epoch * self.step_windows * length / len(train.tokens)
         return {
-            "train": f"{len(train):,} windows in {steps * self.accumulate:,} batches, {len(train.tokens):,} tokens, "
+            "train": f"{len(train):,} windows in {batches:,} batches, {len(train.tokens):,} tokens, "
             f"each seen {seen:.2f} times per epoch on average",
             "val": f"{len(self.val_windows):,} windows, {len(self.val_windows.tokens):,} tokens",
             "evaluation": " and ".join(scored),

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from src.tokenizer import token_ids_to_text
+from src.training.position import own_data
 
 MAX_ROLLBACKS = 3
 
@@ -72,10 +73,10 @@ def stop(trainer: Trainer, step: StepSoFar, norm: float, lr: float) -> None:
 
 
 def _windows(trainer: Trainer, batch: int, inputs: Tensor) -> list[dict[str, Any]]:
-    data = trainer.datamodule
-    epoch, within = divmod(batch, trainer.num_training_batches)
-    offsets = data.token_offsets(epoch, within)
+    data = own_data(trainer)
+    offsets = data.token_offsets(*divmod(batch, trainer.num_training_batches)) if data else [None] * len(inputs)
+    tokenizer = data and data.tokenizer
     return [
-        {"offset": offset, "tokens": row.tolist(), "text": token_ids_to_text(row, data.tokenizer)}
+        {"offset": offset, "tokens": row.tolist(), "text": token_ids_to_text(row, tokenizer)}
         for offset, row in zip(offsets, inputs, strict=True)
     ]

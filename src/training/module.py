@@ -59,6 +59,7 @@ class PretrainingModule(LightningModule):
         self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
         self.evaluated_step: int | None = None
         self.evaluated: dict[str, float] = {}  # the losses of that step
+        self.evaluated_tokens: dict[str, int] = {}  # of each split, that they are the mean over
         self._eval_sums: dict[str, Tensor] = {}  # split -> sum of losses, number of tokens
         self._step = StepSoFar()
 
@@ -178,6 +179,7 @@ class PretrainingModule(LightningModule):
         for split, sums in self._eval_sums.items():
             loss, tokens = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
             losses[split] = loss / tokens
+            self.evaluated_tokens[split] = int(tokens.item())
         return losses
 
     def on_validation_epoch_end(self) -> None:
