@@ -228,23 +228,17 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
         else:
             if parsed[-1].is_sweep_override() and not sweeping:
                 found.append(f"{override} names several values: python -m src.{config_name} -m {override} to sweep")
-    base = compose(config_name, [])
     resuming = any(override.key_or_group == "resume" and override.value() for override in parsed)
     for override in parsed:
-        found += _unknown(config_name, base, override)
+        found += _wrong_choice(override)
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not resuming:
             found += _taken(override, config_name)
     if found:
         return found
-    if sweeping:  # each job checks its own config; here one of them stands for all
-        try:
-            overrides = [_first_choice(override) for override in parsed]
-        except HydraException:
-            return []
-    try:
-        cfg = compose(config_name, overrides)
+    try:  # of a sweep, whose jobs check their own configs, one stands for all
+        cfg = compose(config_name, _first_choices(parsed))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return [_not_composed(error, config_name)]
+        return _unknown_keys(config_name, parsed) or [_not_composed(error, config_name)]
     if missing := OmegaConf.missing_keys(cfg):
         return [f"{key} is needed: {key}=<value>" for key in sorted(missing)]
     return [] if sweeping else check(cfg)
@@ -254,43 +248,63 @@ def _not_composed(error: Exception, config_name: str) -> str:
     return f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"
 
 
-def _first_choice(override: Override) -> str:
-    if not override.is_sweep_override():
-        return override.input_line
-    return f"{override.get_key_element()}={_choices(override)[0]}"
+def _first_choices(overrides: Iterable[Override]) -> list[str]:
+    """``overrides`` without the sweeping; what only a sweeper can spell out is null, or the default of its group."""
+    found = []
+    for override in overrides:
+        if not override.is_sweep_override():
+            found.append(override.input_line)
+        elif (choices := _choices(override)) or not _is_group(override):
+            found.append(f"{override.get_key_element()}={choices[0] if choices else 'null'}")
+    return found
 
 
 def _choices(override: Override) -> list[Any]:
-    """What an override stands for; for a glob or an interval, which only a sweeper can spell out, a HydraException."""
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
-
-
-def _unknown(config_name: str, base: DictConfig, override: Override) -> list[str]:
-    """Whether ``override`` names a config group's choice or a key that does not exist; with the nearest that does."""
-    key = override.key_or_group
-    if re.split("[./]", key)[0] == "hydra":
+    """What an override stands for; nothing for a glob or an interval, which only a sweeper can spell out."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    try:
+        return list(override.sweep_string_iterator())
+    except HydraException:
         return []
-    folder = CONF / key
-    if folder.is_dir():
-        choices = sorted(file.stem for file in folder.glob("*.yaml"))
-        try:
-            values = _choices(override)
-        except HydraException:
-            return []
-        return [
-            f"{key}={value} does not exist: {key}={_nearest(str(value), choices)} (there are: {', '.join(choices)})"
-            for value in values
-            if str(value) not in choices
-        ]
+
+
+def _is_group(override: Override) -> bool:
+    return (CONF / override.key_or_group).is_dir() and not override.key_or_group.startswith("hydra")
+
+
+def _wrong_choice(override: Override) -> list[str]:
+    """Whether ``override`` names a choice that its config group does not have; with the nearest that it has."""
+    if not _is_group(override):
+        return []
+    key = override.key_or_group
+    choices = sorted(file.stem for file in (CONF / key).glob("*.yaml"))
+    return [
+        f"{key}={value} does not exist: {key}={_nearest(str(value), choices)} (there are: {', '.join(choices)})"
+        for value in _choices(override)
+        if str(value) not in choices
+    ]
+
+
+def _unknown_keys(config_name: str, overrides: list[Override]) -> list[str]:
+    """Which of ``overrides``, that do not compose, set a key that does not exist, a line each with the nearest that
+    does. What begins with + is said to be new."""
+    try:
+        base = compose(config_name, _first_choices(filter(_is_group, overrides)))
+    except (HydraException, OmegaConfBaseException):
+        base = compose(config_name, [])
     known = _keys(base)
     for group in {"optimizer", "schedule", "data", "callbacks", "logger"} & set(base):  # choices whose keys differ
         for file in (CONF / group).glob("*.yaml"):
             known |= {f"{group}.{name}" for name in _keys(OmegaConf.load(file)) if "defaults" not in name}
-    if key in known or override.is_delete():
-        return []
-    if override.is_add() and key.split(".")[0] in ("callbacks", "logger"):
-        return []
-    return [f"{key} is no key of {config_name}: did you mean {_nearest(key, sorted(known))}? (all: --cfg job)"]
+    return [
+        f"{key} is no key of {config_name}: did you mean {_nearest(key, sorted(known))}? (all: --cfg job)"
+        for override in overrides
+        for key in [override.key_or_group]
+        if not (key in known or override.is_add() or override.is_force_add() or override.is_delete())
+        and not _is_group(override)
+        and re.split("[./]", key)[0] != "hydra"
+    ]
 
 
 def _taken(override: Override, config_name: str) -> list[str]:

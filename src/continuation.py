@@ -30,7 +30,7 @@ def adopt_model(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> l
     """
     default, asked = asdict(GPTConfig()), OmegaConf.to_container(cfg.model)
     found = [
-        f"model.{key}={asked[key]} differs from {value} in weights={source}, which bring their own model: leave model, "
+        f"model.{key}={asked[key]} differs from {value} in {source}, which brings its own model: leave model, "
         f"model.{key} and experiments that set it away"
         for key, value in model.items()
         if key not in FREE and asked[key] not in (value, default[key])

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from src import cli
 from src.interop.locate import WEIGHTS_FILE, locate, problems_of_weights
 from src.record import read_record
+from src.resume import with_latest_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,4 +158,4 @@ def _largest_difference(net: GPT, other: GPT) -> float:
 
 
 if __name__ == "__main__":
-    cli.launch("export", export, find_problems)
+    cli.launch("export", export, find_problems, with_latest_weights)

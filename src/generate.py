@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from src import cli
 from src.generation.config import DEVICES, GenerationConfig
 from src.interop.locate import problems_of_weights
+from src.resume import data_of_run, with_latest_weights
 
 if TYPE_CHECKING:
     from src.generation.decode import Step
@@ -212,13 +213,22 @@ def _decoded(file: BinaryIO, what: str) -> str:
         ) from None
 
 
+def with_special_tokens_of_run(overrides: list[str]) -> list[str]:
+    """``overrides``, and what the run of the ``weights`` made of a literal <|endoftext|>, if they do not say."""
+    _, values = cli.take_out(overrides, ("weights", "special_tokens"))
+    if values["special_tokens"] or not values["weights"]:
+        return overrides
+    own = data_of_run(values["weights"][-1].strip("'\"")).get("special_tokens")
+    return [*overrides, "special_tokens=text"] if own == "text" else overrides
+
+
 def main() -> None:
     raw: dict[str, list[str]] = {}
 
     def rewrite(arguments: list[str]) -> list[str]:
         left, taken = cli.take_out(arguments, RAW)
         raw.update(taken)
-        return left
+        return with_special_tokens_of_run(with_latest_weights(left))
 
     cli.launch("generate", lambda cfg: generate(cfg, raw), lambda cfg: find_problems(cfg, raw), rewrite)
 

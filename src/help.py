@@ -14,13 +14,13 @@ def help_text(command: str, cfg: DictConfig, choices: dict[str, str | None], con
     """The help of ``command``, whose config is ``cfg``; ``choices`` is what it took from each of its groups."""
     about = (conf / f"{command}.yaml").read_text(encoding="utf-8").split("\ndefaults:")[0]
     lines = [line.removeprefix("# ") for line in about.splitlines()]
-    files = [conf / "train.yaml", conf / f"{command}.yaml"]
+    files = _chain(conf / f"{command}.yaml")
     if choices:
         lines += ["", "Groups, group=choice (* is what is taken now):"]
     for group, choice in choices.items():
         found = sorted((conf / group).glob("*.yaml"))
         lines.append(f"  {group:<11} " + "  ".join(file.stem + "*" * (file.stem == choice) for file in found))
-        files += sorted(found, key=lambda file: file.stem == choice)  # whose comments count most
+        files += _chain(conf / group / f"{choice}.yaml")
     comments = {}
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -29,6 +29,15 @@ def help_text(command: str, cfg: DictConfig, choices: dict[str, str | None], con
     lines += ["", "Keys, section.key=value:"]
     lines += [f"  {line}{comments.get(key, '')}" for line, key, _ in _walk(OmegaConf.to_yaml(cfg))]
     return "\n".join([*lines, "", FOOTER])
+
+
+def _chain(file: Path) -> list[Path]:
+    """``file`` behind those of its own group that its defaults list takes, whose keys it may set anew."""
+    if not file.is_file():
+        return []
+    defaults = OmegaConf.load(file).get("defaults", [])
+    taken = [name for name in defaults if isinstance(name, str) and name != "_self_"]
+    return [*(above for name in taken for above in _chain(file.with_name(f"{name}.yaml"))), file]
 
 
 def _walk(text: str) -> Iterator[tuple[str, str, str]]:

@@ -1,10 +1,13 @@
 """``run.json``: what was run, on what, and what came out; and the claim to a run folder."""
 
+import hmac
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from filelock import FileLock, Timeout
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
 LINGERING = 15  # seconds
+KEY_BYTES = 32
 OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "tensorboard")
 
 
@@ -49,6 +53,7 @@ class RunRecord:
             "status": "running",
             "command": before.get("command", command),
             "overrides": overrides,
+            "signature": signature(overrides) if speaks else None,
             "config": config,
             "versions": versions(),
             "git": git_revision(),
@@ -103,6 +108,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def signature(overrides: list[str]) -> str | None:
+    """What shows that ``overrides`` are this user's own: their HMAC under a key that only the user can read. None
+    where no key can be kept."""
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        file = Path(state, "gpt2-lightning", "key")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            suppress(FileExistsError),
+            os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as new,
+        ):
+            new.write(secrets.token_bytes(KEY_BYTES))
+        key = file.read_bytes()
+    except (OSError, RuntimeError):  # no home
+        return None
+    return hmac.new(key, json.dumps(overrides).encode(), "sha256").hexdigest() if len(key) == KEY_BYTES else None
 
 
 def versions() -> dict[str, str]:

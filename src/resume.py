@@ -5,75 +5,138 @@ import os
 import shlex
 import signal
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import cli
-from src.record import read_record
+from src.interop.locate import run_folder
+from src.record import read_record, signature
 from src.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
+COMMAND = "GPT2_LIGHTNING_COMMAND"  # in the environment: what was typed, before it was spelt out
+COPY = "ckpt_path=<a copy of its last.ckpt in another folder>, which brings no overrides along"
 STATUSES = ("running", "interrupted", "failed", "completed")
 
 
 def resumed_overrides(overrides: list[str]) -> list[str]:
-    """``overrides`` as given, or, with ``resume=<run folder>|latest`` among them, those of that run and theirs on top.
+    """What the overrides of ``src.train`` stand for: with ``resume=<run folder>|latest`` or ``ckpt_path=<checkpoint or
+    run folder>|latest`` among them, those of that run, and the given ones on top; ``latest`` is a run folder.
 
     A job that SLURM has put back into the queue resumes the run that it had begun.
 
     Raises:
-        ValueError: no such run, or one whose overrides name code to execute.
+        ValueError: no such run, or one of somebody else whose overrides name code to execute.
     """
-    flags = [argument for argument in overrides if "=" not in argument and not argument.startswith("~")]  # Hydra's own
-    new = [argument for argument in overrides if argument not in flags and _key(argument) != "resume"]
-    given = [argument.split("=", 1)[-1].strip("'\"") for argument in overrides if _key(argument) == "resume"]
+    flags, typed, given = _taken_apart(overrides, "resume")
     sweeping = {"-m", "--multirun"} & set(flags)
+    os.environ[COMMAND] = "" if sweeping else command_line(_without_hydra(typed))
+    new = typed
     if not given and not sweeping and (begun := _requeued(new)):
         given, new = [str(begun)], []  # the same command, started again
     asked = given[-1] if given else None
     if asked in (None, "", "null"):
-        return overrides
+        return _from_checkpoint(with_latest_weights(overrides))
     if sweeping:
         raise ValueError(f"resume={asked} continues one run, not a sweep: leave -m away")
-    folder = _latest(new) if asked == "latest" else Path(asked)
+    folder = _latest("resume", new) if asked == "latest" else Path(asked)
     record = read_record(folder)
     if not record:
         raise ValueError(f"resume={asked} is no run folder (seen from {Path.cwd()}), it has no run.json: resume=latest")
-    saved = record.get("overrides")
-    if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
-        raise ValueError(f"resume={folder}: its run.json is damaged: ckpt_path={folder}/checkpoints/last.ckpt")
-    named = {_key(override) for override in new}
-    if beginning := named & {"ckpt_path", "weights"}:
+    if beginning := {_key(override) for override in new} & {"ckpt_path", "weights"}:
         raise ValueError(f"resume={asked} has its own beginning: leave {' and '.join(beginning)} away, or resume=null")
-    named |= {"resume", "dry_run"}
-    groups = tuple(f"{key}." for key in named)  # a group that is chosen anew brings its own values
-    saved = [override for override in saved if _key(override) not in named and not _key(override).startswith(groups)]
-    _refuse_code(saved, folder)
+    saved = _saved_overrides(record, f"resume={folder}", new, typed)
     attempts = len(record.get("resumed_at", [])) + 1
     places = [f"hydra.run.dir={quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
     return [*flags, *saved, *new, f"resume={quoted(folder)}", *places]
 
 
-def _refuse_code(saved: list[str], folder: Path) -> None:
+def _from_checkpoint(overrides: list[str]) -> list[str]:
+    """``overrides``, those of the run before them whose checkpoint ``ckpt_path`` names, if they name one."""
+    flags, new, given = _taken_apart(overrides, "ckpt_path")
+    if not given or not (given[-1] == "latest" or os.path.exists(given[-1])):
+        return overrides
+    asked = f"ckpt_path={given[-1]}"
+    path = _latest("ckpt_path") if given[-1] == "latest" else Path(given[-1])
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found = sorted(folder.glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime))
+        if not found:
+            raise ValueError(f"{asked}: there is no checkpoint in {folder}: ckpt_path=<another run folder>")
+        path = found[-1]
+    run = run_folder(str(path))
+    saved = _saved_overrides(read_record(run), asked, new, new, drop=("weights", "ckpt_path")) if run else []
+    return [*flags, *saved, *new, f"ckpt_path={quoted(path)}"]
+
+
+def with_latest_weights(overrides: list[str]) -> list[str]:
+    """``overrides`` with the folder of the run that was changed last for ``latest`` in ``weights``.
+
+    Raises:
+        ValueError: there is no run.
+    """
+
+    def spelt_out(override: str) -> str:
+        key, _, value = override.partition("=")
+        parts = value.split(",")
+        if key.lstrip("+") != "weights" or "latest" not in parts:
+            return override
+        return f"{key}={','.join(quoted(_latest('weights')) if part == 'latest' else part for part in parts)}"
+
+    return [spelt_out(override) for override in overrides]
+
+
+def data_of_run(weights: str) -> dict[str, Any]:
+    """The data section of the run that ``weights`` are of, as its ``run.json`` has it; nothing where they are no
+    run's."""
+    folder = run_folder(weights)
+    config = read_record(folder).get("config") if folder else None
+    data = config.get("data") if isinstance(config, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _saved_overrides(
+    record: dict[str, Any], asked: str, new: list[str], typed: list[str], drop: tuple[str, ...] = ()
+) -> list[str]:
+    """The overrides in the ``record`` of a run that ``new`` ones go on top of, if they may be trusted."""
+    saved = record.get("overrides")
+    if not isinstance(saved, list) or not all(isinstance(override, str) for override in saved):
+        raise ValueError(f"{asked}: its run.json is damaged: {COPY}")
+    own = record.get("signature") == signature(saved) is not None
+    named = {_key(override) for override in new} | {"resume", "dry_run", *drop}
+    groups = tuple(f"{key}." for key in named)  # a group that is chosen anew brings its own values
+    again = {_key(override) for override in new if not override.startswith("+")}  # of what + has added
+    saved = [
+        override
+        for override in saved
+        if not (_key(override) in named or _key(override).startswith(groups))
+        or (override.startswith("+") and _key(override) in again)
+    ]
+    if not own and not set(saved) <= set(typed):
+        _refuse_code(saved, asked)
+    return saved
+
+
+def _refuse_code(saved: list[str], asked: str) -> None:
     """A stranger's run folder is data: its overrides may choose among the code that ``conf`` names, and add none."""
     known = {target for file in cli.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file))}
     for override in saved:
         if override.startswith("-") or _key(override).startswith("hydra") or "$" in override:
-            raise ValueError(f"resume={folder} would bring {override} along: give it again if you trust it")
+            raise ValueError(f"{asked} would bring {override} along: give it again if you trust it")
     try:
         foreign = set(_targets(cli.compose("train", saved))) - known
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"resume={folder}: its overrides do not compose any more ({reason}): ckpt_path=<its checkpoint>"
-        ) from None
+        raise ValueError(f"{asked}: its overrides do not compose any more ({reason}): {COPY}") from None
     if foreign:
         code = ", ".join(sorted(foreign))
-        raise ValueError(f"resume={folder} would execute {code}: give the override that names it again if you trust it")
+        raise ValueError(f"{asked} would execute {code}: give the override that names it again if you trust it")
 
 
 def _targets(cfg: DictConfig) -> list[str]:
@@ -93,6 +156,10 @@ def command_line(overrides: list[str]) -> str:
     return shlex.join(["python", "-m", "src.train", *overrides])
 
 
+def _without_hydra(overrides: list[str]) -> list[str]:
+    return [override for override in overrides if not _key(override).startswith("hydra")]
+
+
 def command_to_resume(folder: Path) -> str:
     return command_line([f"resume={folder}"])
 
@@ -107,6 +174,14 @@ def requeue(interrupted: Interrupted) -> None:
         log.info("SLURM job %s is back in the queue", job)
     except (OSError, subprocess.CalledProcessError) as error:
         log.warning("SLURM job %s could not be put back into the queue: %s", job, getattr(error, "stderr", "") or error)
+
+
+def _taken_apart(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
+    """Hydra's own flags, the overrides but for ``key``, and the values that ``key`` was given."""
+    flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    rest = [override for override in overrides if override not in flags and _key(override) != key]
+    values = [override.split("=", 1)[-1].strip("'\"") for override in overrides if _key(override) == key]
+    return flags, rest, values
 
 
 def _key(override: str) -> str:
@@ -124,7 +199,7 @@ def _runs() -> list[Path]:
     return [run for run in runs if not run.parent.name.endswith("_verify")]  # those belong to src.verify_resume
 
 
-def _latest(overrides: list[str]) -> Path:
+def _latest(key: str, overrides: Iterable[str] = ()) -> Path:
     """The run that was changed last, those with a checkpoint before others; of the name that is asked for."""
     names = [override.split("=", 1)[1] for override in overrides if _key(override) == "name"]
     runs = [
@@ -133,7 +208,7 @@ def _latest(overrides: list[str]) -> Path:
     runs.sort(key=lambda run: not any(run.glob("checkpoints/*.ckpt")))
     if not runs:
         place = Path.cwd() / "outputs" / "".join(names[-1:])
-        raise ValueError(f"resume=latest: there is no run in {place}: resume=<run folder>")
+        raise ValueError(f"{key}=latest: there is no run in {place}: {key}=<run folder>")
     return runs[0]
 
 
@@ -143,7 +218,7 @@ def _requeued(overrides: list[str]) -> Path | None:
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
     own = [override.split("=", 1)[1] for override in overrides if _key(override) == "hydra.run.dir"]
-    command = command_line([override for override in overrides if not _key(override).startswith("hydra")])
+    command = command_line(_without_hydra(overrides))
     for run in [*map(Path, own), *_runs()]:
         record = read_record(run)
         if record.get("slurm_job") == job and record["command"] == command and record["status"] != "completed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from src.data.config import DataConfig
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
 from src.record import RunRecord, read_record
-from src.resume import command_line, requeue, resumed_overrides
+from src.resume import COMMAND, command_line, requeue, resumed_overrides
 from src.trainer import build_trainer, go_on_logging
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
 from src.training.interruption import Interrupted, Interruption
@@ -80,8 +81,9 @@ def find_problems(cfg: DictConfig) -> list[str]:
     top, model, data, trainer, schedule, optimizer = (
         checked[key] for key in ("", "model", "data", "trainer", "schedule", "optimizer")
     )
-    if not top.weights:  # which bring their own model
+    if not (top.weights or top.ckpt_path):  # which bring their own model
         found += model_problems(model, data)
+    found += _foreign_arguments(config["trainer"])
     found += launch.problems_of_devices(config["trainer"])
     if schedule.name != "constant":
         steps = trainer.max_steps
@@ -98,7 +100,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
                     f"schedule.{key}={getattr(schedule, key)} is above "
                     f"optimizer.learning_rate={optimizer.learning_rate}: schedule.{key}=0"
                 )
-    if top.tokens_per_step and not top.weights:
+    if top.tokens_per_step and not (top.weights or top.ckpt_path):
         _, problem = accumulation(cfg, launch.planned_count(config["trainer"]))
         found += [problem] if problem else []
     if top.ckpt_path is not None and not top.resume and not Path(top.ckpt_path).is_file():
@@ -109,6 +111,21 @@ def find_problems(cfg: DictConfig) -> list[str]:
     if top.weights is not None and not top.resume:
         found += problems_of_weights(top.weights)
     return found
+
+
+def _foreign_arguments(trainer: dict[str, Any]) -> list[str]:
+    """Which keys that ``conf/trainer`` does not have Lightning's Trainer does not have either, a line each."""
+    new = set(trainer) - set(OmegaConf.load(cli.CONF / "trainer" / "default.yaml"))
+    if not new:
+        return []
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    return [
+        f"trainer.{key} is no argument of Lightning's Trainer: leave +trainer.{key} away"
+        for key in sorted(new - set(inspect.signature(Trainer).parameters))
+    ]
 
 
 def accumulation(cfg: DictConfig, count: int) -> tuple[int, str | None]:
@@ -163,7 +180,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         raise ValueError(f"resume={cfg.resume} is not the run folder {folder}: resume={folder}")
     config = OmegaConf.to_container(cfg, resolve=True)
     speaks = processes.rank() == 0
-    record = RunRecord(folder, command_line(overrides), overrides, config, resumed=bool(cfg.resume), speaks=speaks)
+    command = os.environ.get(COMMAND) or command_line(overrides)
+    record = RunRecord(folder, command, overrides, config, resumed=bool(cfg.resume), speaks=speaks)
     with Interruption(speaks) as interruption, closing(record):
         try:
             run = _train(cfg, folder, record, interruption)
@@ -200,13 +218,13 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.optim import batches_per_epoch, planned_steps
 
-    if not cfg.weights:
+    if not (cfg.weights or cfg.ckpt_path):
         _accumulate(cfg)
     path, checkpoint = _find_checkpoint(cfg, folder)
     if cfg.weights and path is None:
         model, weights = read_weights(cfg.weights)
         _adopt(cfg, asdict(model), cfg.weights)
-    if cfg.weights or cfg.tokens_per_step:
+    if cfg.weights or cfg.ckpt_path or cfg.tokens_per_step:
         record.update(config=OmegaConf.to_container(cfg, resolve=True))
     trainer = build_trainer(cfg, folder, interruption)
     if trainer.strategy.root_device.type == "cpu":
@@ -357,7 +375,7 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is a check that cannot be continued: "
             f"trainer.overfit_batches=0"
         )
-    if cfg.weights:
+    if cfg.weights or cfg.ckpt_path:
         _adopt(cfg, checkpoint["hyper_parameters"]["model"], path)
     before = checkpoint["hyper_parameters"]
     problems = different_model(cfg, before["model"], path) + different_optimizer(cfg, before["optimizer"], path)

@@ -43,6 +43,13 @@ def seeded_torch() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def a_user_of_its_own(monkeypatch, tmp_path_factory) -> None:
+    """The tests sign their runs with a key of their own, and no test's command is another's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+    monkeypatch.setenv("GPT2_LIGHTNING_COMMAND", "")
+
+
 @pytest.fixture
 def tiny() -> GPTConfig:
     return GPTConfig(vocab_size=101, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)

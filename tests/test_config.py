@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,7 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         needs = {"prepare": f"source={tmp_path}", "benchmark": "rounds=2"}
         overrides.append(needs.get(command, f"weights={small_weights}"))
         overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
+        overrides += ["data=story"] if command == "evaluate" else []
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
@@ -138,6 +140,12 @@ BAD = {
     "schedule=warmup_stable_decay schedule.warmup_steps=0.6 schedule.decay_steps=0.6": "schedule.decay_steps=0.2",
     "seed=[": "seed=[ is no override",
     "callbacks.text_sample=1": "callbacks.text_samples",
+    "tags=[a]": "tags is no key of train",
+    "+trainer.max_epoch=3": "no argument of Lightning's Trainer",
+    "+seed=3": "An item is already at 'seed'",
+    "-m seed=1,2 optimizer.lr=interval(0,1)": "optimizer.learning_rate",
+    "-m model=gpt2_tiny,gpt3": "gpt2_small",
+    "model=null": "there are: gpt2_large",
 }
 
 
@@ -164,12 +172,38 @@ GOOD = [
     "-m model=glob(gpt2_*)",
     "-m model=gpt2_tiny,gpt2_small seed=1,2",
     "model.n_heads=6",
+    "+tags=[a]",
+    "+tags=[a] tags=[b]",
+    "++tags=[a] +notes.author=me ++notes.author=you",
+    "++model.n_layers=3",
+    "+callbacks.mine={_target_:lightning.pytorch.callbacks.Timer,interval:step} callbacks.mine.interval=epoch",
+    "-m +tags=a,b",
 ]
 
 
 @pytest.mark.parametrize("overrides", GOOD)
 def test_good_override_passes(overrides):
     assert cli._find_problems("train", overrides.split(), find_problems) == []
+
+
+def test_an_argument_that_is_new_in_lightning_composes(monkeypatch):
+    def of_the_future(self, *, new_argument=0, **known):
+        pass
+
+    overrides = ["+trainer.new_argument=1"]
+    assert "new_argument" in cli._find_problems("train", overrides, find_problems)[0]
+    monkeypatch.setattr(L.Trainer, "__init__", of_the_future)
+    assert cli._find_problems("train", overrides, find_problems) == []
+    assert cli.compose("train", overrides).trainer.new_argument == 1
+
+
+def test_keys_of_an_experiment_of_ones_own(tmp_path, monkeypatch):
+    shutil.copytree(cli.CONF, tmp_path / "conf")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nnotes:\n  author: me\n")
+    monkeypatch.setattr(cli, "CONF", tmp_path / "conf")
+    assert cli._find_problems("train", ["experiment=mine", "notes.author=you"], find_problems) == []
+    (problem,) = cli._find_problems("train", ["experiment=mine", "notes.autor=you"], find_problems)
+    assert "did you mean notes.author?" in problem
 
 
 def test_a_switch_means_what_it_says(text, tiny_run):
@@ -235,6 +269,16 @@ def test_help_shows_what_is_chosen_with_its_own_comments(command):
     assert "    momentum: 0.95  # of the matrices of the blocks" in lines
     assert "    weight_decay: 0.1  # decoupled" in lines  # which it has from adamw.yaml
     assert "    min_lr: null  # where the decay ends; null: a tenth of optimizer.learning_rate" in lines
+    assert "    vocab_size: 50257  # GPT-2's byte-pair encoding" in lines
+    assert "    train_ratio: 0.9  # share of the characters that trains; the rest validates" in lines
+    _, out, _ = command("train", "experiment=gpt2_124m", "trainer=cpu", "--help")
+    lines = out.splitlines()
+    assert any(line.startswith("    vocab_size: 50304  # padded") for line in lines)
+    assert "    train_ratio: 0.999  # where there is no validation shard" in lines
+    assert "    n_layers: 12  # depth" in lines
+    assert "    accelerator: cpu  # auto, cpu, gpu, mps" in lines
+    _, out, _ = command("train", "data=shards", "--help")
+    assert "    train_ratio: 0.9  # where no name has val in it, the share of the tokens that trains" in out
     status, out, err = command("train", "modle=3", "--help")
     assert (status, out, err.count("\n")) == (1, "", 1)
 

@@ -1,11 +1,14 @@
 """``python -m src.evaluate``: every token of the split counts once, whatever the batch."""
 
+import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import metrics_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -14,6 +17,7 @@ from src import evaluate
 from src.cli import compose
 from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
+from src.evaluate import with_data_of_run
 from src.evaluation.losses import _batches, text_loss, unigram_loss
 from src.evaluation.tasks import lambada, likelihoods, multiple_choice, read_passages, read_questions
 from src.interop.weights import save_weights
@@ -80,10 +84,13 @@ def test_loss_by_position(net):
     whole, rest = losses[:48].reshape(3, 16), losses[48:]
     expected = [(whole[:, at].sum() + (rest[at] if at < 7 else 0)) / (4 if at < 7 else 3) for at in range(16)]
     assert found.by_position.tolist() == pytest.approx(expected, abs=1e-5)
-    assert found.whole_windows == pytest.approx(whole.mean(), abs=1e-6)
+    assert found.counts.tolist() == np.bincount(tokens[1:], minlength=256).tolist()
+    chosen = text_loss(net, tokens, 16, batch_size=2, starts=[0, 7, 32])
+    losses = [one_by_one(net, tokens[start : start + 17], 16, 16) for start in (0, 7, 32)]
+    assert chosen.loss == pytest.approx(np.mean(losses), abs=1e-6)
+    assert chosen.tokens == 48
     strided = text_loss(net, tokens[:33], 16, stride=4)
     assert np.isfinite(strided.by_position).all()
-    assert math.isnan(strided.whole_windows)
 
 
 def test_uniform_and_unigram_baselines():
@@ -93,7 +100,7 @@ def test_uniform_and_unigram_baselines():
     assert text_loss(silent, tokens, 8).loss == pytest.approx(math.log(50), abs=1e-6)
     counts = np.bincount(tokens, minlength=50) + 1
     expected = -np.mean([math.log(counts[token] / counts.sum()) for token in tokens[1:]])
-    assert unigram_loss(tokens, tokens, 50) == pytest.approx(expected)
+    assert unigram_loss(np.bincount(tokens[1:], minlength=50), tokens) == pytest.approx(expected)
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokens():
@@ -114,15 +121,103 @@ def run(small_weights, text, tmp_path):
     return evaluated
 
 
-def test_it_agrees_with_training(tiny_run, run):
-    """The loss of whole windows is what the run said of itself."""
-    trained = tiny_run("trainer.max_steps=3", "callbacks=none")
-    checkpoint = trained.folder / "checkpoints" / "last.ckpt"
-    for split, key in ("val", "val_loss"), ("train", "train_loss"):
-        found = run(f"split={split}", weights=checkpoint)
-        assert found["loss_of_whole_windows"] == pytest.approx(trained.record[key], abs=1e-6)
-        assert found["loss"] == pytest.approx(found["loss_of_whole_windows"], rel=0.05)
-    assert found["data_sha256"] == trained.record["data_sha256"]
+RUNS = {
+    "plain": (),
+    "bounded": ("eval.max_tokens=64", "data.stride=5"),
+    "as in the book": ("eval.batches=1", "data.batch_size=3"),
+    "bfloat16": ("trainer.precision=bf16-mixed", "eval.max_tokens=64"),
+    "shorter windows": ("model.context_length=32", "data.context_length=16", "data.train_ratio=0.7"),
+    "another spelling": ("data.special_tokens=text", "data.stride=7"),
+}
+
+
+@pytest.mark.parametrize("setting", RUNS)
+def test_a_runs_checkpoint_has_the_runs_own_losses(tiny_run, command, text, tmp_path, monkeypatch, setting):
+    """Without a word about data; at any evaluated step, not at the last alone."""
+    text.write_text(text.read_text() + "<|endoftext|> said the ferry" * 20)
+    trained = tiny_run(
+        "trainer.max_steps=9", "eval.every_steps=3", "callbacks=none", "optimizer.learning_rate=0.1", *RUNS[setting],
+        folder=tmp_path / "outputs" / "gpt2" / "one",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    rows = {row["step"]: row for row in metrics_of(trained) if "val/loss" in row}
+    assert rows[9]["val/loss"] != min(row["val/loss"] for row in rows.values())
+    for name in "last", "best":
+        step = torch.load(trained.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"]
+        weights = "latest" if name == "best" else f"outputs/gpt2/one/checkpoints/{name}.ckpt"
+        for split, key in ("val", "val/loss"), ("train", "train/eval_loss"):
+            out = tmp_path / f"{name}_{split}"
+            status, said, err = command("evaluate", f"weights={weights}", f"split={split}", f"hydra.run.dir={out}")
+            assert status == 0, err
+            found = json.loads((out / "evaluation.json").read_text())
+            assert found["loss"] == pytest.approx(rows[step][key], abs=1e-4)
+            assert found["precision"] == trained.record["precision"]
+            assert found["tokens"] == 16 * len(trained.datamodule.eval_windows()[split == "train"])
+            assert found["data_sha256"] == trained.record["data_sha256"]
+            assert found["text"] == str(text)
+            for line in f"text {text}", f"split {split}", "windows of 16 tokens, those of the run's own evaluations":
+                assert line in " ".join(said.split())
+
+
+def test_other_windows_of_a_run_than_its_own(tiny_run, run, tmp_path):
+    trained = tiny_run("trainer.max_steps=2", "callbacks=none", "eval.max_tokens=64")
+    tokens = len(trained.datamodule.val_windows.tokens)
+    every = run("max_tokens=-1", weights=trained.folder)
+    assert every["tokens"] == tokens - 1
+    assert every["scored"] == "every token but the first, once, with up to 16 tokens of context"
+    assert run("stride=4", weights=trained.folder)["tokens"] == tokens - 1
+    few = run("max_tokens=40", weights=trained.folder)
+    assert (few["tokens"], few["scored"].split(",")[1]) == (32, " spread over the split")
+    assert run("data.train_ratio=0.8", weights=trained.folder)["scored"].startswith("every token")
+
+
+def test_a_run_whose_text_changed_or_went(tiny_run, command, text, tmp_path, monkeypatch):
+    trained = tiny_run("trainer.max_steps=2", "callbacks=none", "data.train_ratio=0.7", f"data.path={text}")
+    common = (f"weights={trained.folder}", f"hydra.run.dir={tmp_path / 'out'}", "surprises=0")
+    text.rename(tmp_path / "moved.txt")
+    status, _, err = command("evaluate", *common)
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"error: data.path={text}, which weights={trained.folder} was trained on, is not there" in err
+    assert err.endswith(": data.path=<where it is now>, or data=<another text>\n")
+    status, _, err = command("evaluate", *common, f"data.path={tmp_path / 'moved.txt'}")
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["loss"] == pytest.approx(trained.record["val_loss"], abs=1e-4)  # the cut is the run's all the same
+    text.write_text("So said the ferry, " * 300)
+    _, out, _ = command("evaluate", *common[:1], f"hydra.run.dir={tmp_path / 'changed'}")
+    assert "is no longer the text that the weights were trained on" in out
+    assert "every token but the first" in out
+    found = json.loads((tmp_path / "changed" / "evaluation.json").read_text())
+    assert found["config"]["data"]["train_ratio"] == 0.7
+
+
+def test_weights_of_no_run_or_of_several_ask_for_a_text(tiny_run, command, small_weights, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = (tiny_run("trainer.max_steps=1", "callbacks=none", f"data.train_ratio={share}").folder
+                  for share in (0.9, 0.8))  # fmt: skip
+    lone = shutil.copy(one / "checkpoints" / "last.ckpt", tmp_path / "lone.ckpt")
+    for asked in [f"weights={small_weights}"], [f"weights={lone}"], ["-m", f"weights={one},{other}"]:
+        status, _, err = command("evaluate", *asked)
+        assert (status, err.count("\n")) == (1, 1)
+        assert err.endswith(": data=story, or data=text data.path=<a text>\n")
+    assert list(tmp_path.glob("outputs")) == []
+    assert with_data_of_run([f"weights={lone}", "data=story"]) == [f"weights={lone}", "data=story"]
+    again = shutil.copytree(one, tmp_path / "again")
+    both = ["-m", f"weights={one},{again}"]
+    assert with_data_of_run(both) == ["-m", f"++data.path='{text}'", both[1]]
+    both = [f"weights={other}", "--cfg", "job"]
+    assert with_data_of_run(both) == [f"++data.path='{text}'", "++data.train_ratio=0.8", *both]
+
+
+def test_a_loss_that_is_no_number(command, small_net, text, tmp_path):
+    net = copy.deepcopy(small_net)
+    net.head.weight.data.fill_(1e38)
+    save_weights(net, tmp_path / "huge.pt")
+    status, out, _ = command(
+        "evaluate", f"weights={tmp_path / 'huge.pt'}", f"data.path={text}", f"hydra.run.dir={tmp_path / 'out'}"
+    )
+    assert status == 1
+    assert "have a loss of nan: weights=<another checkpoint>" in out or "have a loss of inf: weights=<" in out
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_the_same_for_batch_sizes_1_3_and_64(run):
@@ -262,6 +357,9 @@ BAD = {
     "weights=W device=quantum": "device=auto",
     "weights=W data.batch_size=0": "data.batch_size=2",
     "weights=W splt=val": "split",
+    "weights=W max_tokens=0": "max_tokens=-1",
+    "weights=W max_tokens=32 stride=4": "max_tokens=-1",
+    "weights=W precision=fp8": "precision=null",
     "weights=S": "knows 61 tokens",
 }
 

@@ -2,13 +2,16 @@
 
 import functools
 import importlib.util
+import json
 import re
 import shlex
 import sys
 
 import pytest
+from conftest import TINY
 
 from src import benchmark, cli, evaluate, export, generate, prepare, verify_resume
+from src.resume import resumed_overrides, with_latest_weights
 from src.train import find_problems
 
 README = (cli.CONF.parent / "README.md").read_text()
@@ -22,6 +25,12 @@ CHECKS = {
     "export": export.find_problems,
     "prepare": prepare.find_problems,
     "benchmark": benchmark.find_problems,
+}
+REWRITES = {
+    "train": resumed_overrides,
+    "generate": with_latest_weights,
+    "evaluate": evaluate.with_data_of_run,
+    "export": with_latest_weights,
 }
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
@@ -55,7 +64,28 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     if "trainer.num_nodes=2" in overrides:  # as torchrun tells each of its processes
         for key, value in ("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "16"):
             monkeypatch.setenv(key, value)
+    (tmp_path / "outputs" / "gpt2" / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "outputs" / "gpt2" / "run" / "checkpoints" / "last.ckpt").touch()
+    record = {"status": "completed", "overrides": [], "config": {"data": {"path": None}}}
+    (tmp_path / "outputs" / "gpt2" / "run" / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    overrides = REWRITES.get(name, list)(overrides)
     assert cli._find_problems(name, overrides, check) == []
+
+
+def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path, monkeypatch):
+    """All but those that want a run which was interrupted, or GPT-2's weights."""
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, "data=text", f"data.path={text}", "data.batch_size=25", "trainer.max_epochs=3"]
+    assert command("train", *tiny, "callbacks=none")[0] == 0
+    commands = [(name, shlex.split(arguments)) for name, arguments in OWN]
+    commands = [(name, given) for name, given in commands if "latest" in " ".join(given) and given != ["resume=latest"]]
+    commands = [(name, given) for name, given in commands if "gpt2" not in " ".join(given)]
+    assert len(commands) == 8
+    for name, given in commands:
+        short = ["trainer.max_steps=2"] if name == "train" and "weights=latest" in given else []
+        status, out, err = command(name, *given, *short)
+        assert status == 0, f"{name} {given}: {out} {err}"
 
 
 @pytest.mark.parametrize(

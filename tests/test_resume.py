@@ -1,5 +1,6 @@
 """An interrupted run, resumed, is bit-identical to one that was not; what could not be its continuation is refused."""
 
+import hmac
 import json
 import random
 import shutil
@@ -7,13 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import FAST, column
+from conftest import FAST, TINY, column
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import cli
-from src.record import read_record
-from src.resume import command_line, resumed_overrides
+from src.record import read_record, signature
+from src.resume import command_line, quoted, resumed_overrides
 from src.training.checkpoint import read_checkpoint
 from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
@@ -160,6 +161,165 @@ def test_job_that_slurm_starts_again_resumes_its_own_run(tiny_run, tmp_path, mon
         assert resumed_overrides(other) == other
     (run.folder / "run.json").write_text(json.dumps(record | {"command": command_line(mine), "status": "completed"}))
     assert resumed_overrides(mine) == mine
+
+
+CODE = "+callbacks.mine._target_=lightning.pytorch.callbacks.LambdaCallback"
+
+
+@pytest.fixture
+def begun(command, at_batch, text, tmp_path, monkeypatch):
+    """The command of a run with code of its user's own, stopped at step 6 of 12 by SLURM's signal, and its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    arguments = [*TINY, "callbacks=none", CODE, f"data.path={text}", "+tags=[a]", "data.batch_size=4",
+                 "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.precision=32-true"]  # fmt: skip
+    at_batch(5, interrupt(signal.SIGUSR1))
+    assert command("train", *arguments)[0] == 128 + signal.SIGUSR1
+    (folder,) = tmp_path.glob("outputs/gpt2/*")
+    return arguments, folder
+
+
+def test_a_run_with_its_users_own_code_is_continued_by_its_user(begun, command, tmp_path):
+    _, folder = begun
+    assert command("train", f"resume={folder.rename(tmp_path / 'moved')}", "tags=[b]")[0] == 0
+    record = read_record(tmp_path / "moved")
+    assert (record["status"], record["optimizer_steps"], record["config"]["tags"]) == ("completed", 12, ["b"])
+    assert "LambdaCallback" in str(record["config"]["callbacks"])
+
+
+def test_and_by_its_requeued_job(begun, command, monkeypatch):
+    arguments, folder = begun
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "run.json"))  # no key can be kept: the command is proof enough
+    assert command("train", *arguments)[0] == 0
+    assert read_record(folder)["status"] == "completed"
+    assert read_record(folder)["resumed_at"] == [6]
+
+
+@pytest.mark.parametrize("key", ["resume", "ckpt_path"])
+@pytest.mark.parametrize("forged", ["another user", "no signature", "other overrides", "an empty key"])
+def test_but_not_by_anybody_else(begun, command, monkeypatch, tmp_path, forged, key):
+    _, folder = begun
+    record = read_record(folder)
+    if forged == "another user":
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
+    elif forged == "no signature":
+        record["signature"] = None
+        monkeypatch.setenv("XDG_STATE_HOME", str(folder / "run.json"))  # nor can one be made
+    elif forged == "other overrides":
+        record["overrides"][0] = "model=gpt2_small"
+    else:
+        (tmp_path / "state" / "gpt2-lightning").mkdir(parents=True)
+        (tmp_path / "state" / "gpt2-lightning" / "key").touch()
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        record["signature"] = hmac.new(b"", json.dumps(record["overrides"]).encode(), "sha256").hexdigest()
+    (folder / "run.json").write_text(json.dumps(record))
+    status, _, err = command("train", f"{key}={folder}", "dry_run=true")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{key}={folder} would execute lightning.pytorch.callbacks.LambdaCallback" in err
+    if forged != "other overrides":
+        assert command("train", f"{key}={folder}", CODE, "dry_run=true")[0] == 0  # it is the user's word now
+
+
+def test_the_key_is_the_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    signed = signature(["seed=1"])
+    assert signed == signature(["seed=1"]) != signature(["seed=2"])
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_job_that_began_with_the_latest_resumes_its_own_run(tiny_run, at_batch, command, tmp_path, monkeypatch):
+    """What latest meant when the job began, not what it would mean now."""
+    monkeypatch.chdir(tmp_path)
+    tiny_run("callbacks=none", "data.batch_size=4", "trainer.max_steps=2", folder=tmp_path / "outputs" / "gpt2" / "one")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    at_batch(3, interrupt(signal.SIGUSR1))
+    arguments = ["weights=latest", f"data.path={tmp_path / 'text.txt'}", "callbacks=none", "trainer.max_steps=6",
+                 "trainer.accelerator=cpu", "name=two"]  # fmt: skip
+    assert command("train", *arguments)[0] == 128 + signal.SIGUSR1
+    (folder,) = tmp_path.glob("outputs/two/*")
+    assert read_record(folder)["command"] == command_line(arguments)
+    assert read_record(folder)["config"]["weights"] == "outputs/gpt2/one"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert command("train", *arguments)[0] == 0
+    assert read_record(folder)["status"] == "completed"
+    assert read_record(folder)["resumed_at"] == [4]
+
+
+@pytest.mark.parametrize("asked", ["latest", "outputs/gpt2/one", "outputs/gpt2/one/checkpoints/last.ckpt"])
+def test_a_checkpoint_brings_its_runs_config(asked, command, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [*TINY, f"data.path={text}", "callbacks=none", "data.batch_size=4", "trainer.max_epochs=1", "seed=5",
+           "trainer.accelerator=cpu", "trainer.precision=32-true", "schedule=constant", "+tags=[a]"]  # fmt: skip
+    assert command("train", *own, "hydra.run.dir=outputs/gpt2/one")[0] == 0
+    before = (tmp_path / "outputs/gpt2/one/run.json").read_text()
+    status, _, err = command("train", f"ckpt_path={asked}", "trainer.max_epochs=2", "tags=[b]", "name=more")
+    assert status == 0, err
+    assert (tmp_path / "outputs/gpt2/one/run.json").read_text() == before
+    (folder,) = tmp_path.glob("outputs/more/*")
+    record = read_record(folder)
+    assert record["command"] == command_line([f"ckpt_path={asked}", "trainer.max_epochs=2", "tags=[b]", "name=more"])
+    assert record["optimizer_steps"] == 24
+    config = record["config"]
+    assert (config["seed"], config["model"]["n_layers"], config["data"]["batch_size"]) == (5, 2, 4)
+    assert config["tags"] == ["b"]
+    assert config["ckpt_path"] == "outputs/gpt2/one/checkpoints/last.ckpt"
+    _, out, _ = command("train", f"ckpt_path={asked}", "optimizer.learning_rate=1e-5")
+    assert "there is nothing left to do" in out
+
+
+def test_a_checkpoint_alone_brings_its_model(tiny_run, tmp_path):
+    run = tiny_run("callbacks=none", "trainer.max_steps=2", "schedule=constant", "model.n_layers=3")
+    lone = shutil.copy(run.folder / "checkpoints" / "last.ckpt", tmp_path / "lone.ckpt")
+    assert resumed_overrides([f"ckpt_path={lone}", "seed=1"]) == ["seed=1", f"ckpt_path={quoted(lone)}"]
+    common = ("callbacks=none", "trainer.max_steps=3", "schedule=constant", f"ckpt_path={lone}")
+    run = tiny_run(*common, model=())
+    assert (run.module.net.config.n_layers, run.module.net.config.context_length) == (3, 16)
+    assert run.record["config"]["data"]["context_length"] == 16
+    with pytest.raises(ValueError, match=r"model\.n_layers=4 differs from 3"):
+        tiny_run(*common, "model.n_layers=4", model=())
+
+
+def test_a_run_that_began_with_weights_is_branched_off(command, tmp_path, text, monkeypatch, small_weights):
+    """Its model is nowhere in its overrides."""
+    monkeypatch.chdir(tmp_path)
+    own = [f"weights={small_weights}", f"data.path={text}", "callbacks=none", "schedule=constant",
+           "trainer.accelerator=cpu"]  # fmt: skip
+    assert command("train", *own, "trainer.max_steps=2")[0] == 0
+    status, _, err = command("train", "ckpt_path=latest", "trainer.max_steps=3")
+    assert status == 0, err
+    folder = max(tmp_path.glob("outputs/gpt2/*"))
+    assert read_record(folder)["optimizer_steps"] == 3
+    assert read_record(folder)["config"]["weights"] is None
+
+
+def test_what_latest_and_ckpt_path_stand_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in "weights", "ckpt_path":
+        with pytest.raises(ValueError, match=f"{key}=latest: there is no run in .*outputs: {key}=<run folder>"):
+            resumed_overrides([f"{key}=latest"])
+    checkpoints = tmp_path / "outputs" / "a" / "b" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    record = {"status": "completed", "overrides": ["seed=4", "+tags=[a]", "weights=x", "data=text", "data.path=y"]}
+    (checkpoints.parent / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"ckpt_path=latest: there is no checkpoint in .*: ckpt_path=<another"):
+        resumed_overrides(["ckpt_path=latest"])
+    for name in "last.ckpt", "best.ckpt":
+        (checkpoints / name).touch()
+    assert resumed_overrides(["-m", "weights=gpt2,latest"]) == ["-m", "weights=gpt2,'outputs/a/b'"]
+    assert resumed_overrides(["weights=latest"]) == ["weights='outputs/a/b'"]
+    for asked in "latest", "outputs/a/b", "outputs/a/b/checkpoints":
+        assert resumed_overrides([f"ckpt_path={asked}", "tags=[b]", "data=story", "-m"]) == [
+            "-m",
+            "seed=4",
+            "+tags=[a]",
+            "tags=[b]",
+            "data=story",
+            "ckpt_path='outputs/a/b/checkpoints/last.ckpt'",
+        ]
+    for as_it_is in "ckpt_path=nowhere", "ckpt_path=null", "ckpt_path=":
+        assert resumed_overrides([as_it_is]) == [as_it_is]
 
 
 def test_latest_is_the_one_that_can_go_on(tiny_run, tmp_path, monkeypatch):

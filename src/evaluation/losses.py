@@ -26,14 +26,17 @@ class Surprise(NamedTuple):
 @dataclass
 class TextLoss:
     """Sums over the tokens scored. ``by_position`` is the mean loss in nats of the targets with 1, 2, ... tokens of
-    context, NaN where none was scored; ``whole_windows`` that of the windows of full length, as training evaluates."""
+    context, NaN where none was scored; ``counts`` ``(V,)`` says how often each token was scored."""
 
     total: float
-    tokens: int
     bytes: int
     by_position: np.ndarray
-    whole_windows: float
+    counts: np.ndarray
     surprises: list[Surprise] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
 
     @property
     def loss(self) -> float:
@@ -57,8 +60,9 @@ def text_loss(
     byte_counts: np.ndarray | None = None,
     surprises: int = 0,
     progress: Callable[[int], None] = lambda scored: None,
+    starts: Sequence[int] | None = None,
 ) -> TextLoss:
-    """Score each of ``tokens`` ``(N,)`` but the first, once.
+    """Score each of ``tokens`` ``(N,)`` but the first, once; or all targets of the whole windows at ``starts``.
 
     Windows of ``context_length`` begin ``stride`` tokens apart (None: ``context_length``), and of each only those
     targets count that no earlier window had; so a smaller stride gives each token at least ``context_length - stride``
@@ -74,31 +78,33 @@ def text_loss(
     if stride > context_length:
         raise ValueError(f"stride={stride} would leave tokens out between windows: stride={context_length}")
     device = net.tok_emb.weight.device
-    sums, counts = np.zeros(context_length), np.zeros(context_length, dtype=np.int64)
-    whole_sum = whole_count = scored_bytes = 0
+    sums, at_position = np.zeros(context_length), np.zeros(context_length, dtype=np.int64)
+    counts, scored_bytes = np.zeros(net.config.vocab_size, dtype=np.int64), 0
+    if starts is None:
+        batches = _batches(len(tokens), context_length, stride, batch_size)
+    else:
+        chunks = (starts[first : first + batch_size] for first in range(0, len(starts), batch_size))
+        batches = ((chunk, context_length, context_length) for chunk in chunks)
     worst: list[Surprise] = []
     with evaluating(net):
-        for starts, length, scored in _batches(len(tokens), context_length, stride, batch_size):
-            rows = torch.from_numpy(np.stack([tokens[s : s + length + 1].astype(np.int64) for s in starts])).to(device)
+        for begin, length, scored in batches:
+            rows = torch.from_numpy(np.stack([tokens[s : s + length + 1].astype(np.int64) for s in begin])).to(device)
             logits = net(rows[:, :-1])  # (B, T, V)
             targets = rows[:, 1:]  # (B, T)
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
             counted = losses[:, -scored:].cpu().double().numpy()  # (B, scored)
             sums[length - scored : length] += counted.sum(axis=0)
-            counts[length - scored : length] += len(starts)
-            if length == context_length and stride == context_length:
-                whole_sum, whole_count = whole_sum + counted.sum(), whole_count + counted.size
+            at_position[length - scored : length] += len(begin)
+            seen = targets[:, -scored:].cpu().numpy()
+            counts += np.bincount(seen.ravel(), minlength=len(counts))
             if byte_counts is not None:
-                scored_bytes += int(byte_counts[targets[:, -scored:].cpu().numpy()].sum())
+                scored_bytes += int(byte_counts[seen].sum())
             if surprises:
-                worst = sorted(
-                    worst + _worst(losses, logits, targets, starts, scored, surprises), key=lambda s: -s.loss
-                )
+                worst = sorted(worst + _worst(losses, logits, targets, begin, scored, surprises), key=lambda s: -s.loss)
                 del worst[surprises:]
             progress(counted.size)
-    means = np.divide(sums, counts, out=np.full(context_length, np.nan), where=counts > 0)
-    whole = whole_sum / whole_count if whole_count else math.nan
-    return TextLoss(sums.sum(), int(counts.sum()), scored_bytes, means, whole, worst)
+    means = np.divide(sums, at_position, out=np.full(context_length, np.nan), where=at_position > 0)
+    return TextLoss(sums.sum(), scored_bytes, means, counts, worst)
 
 
 def _batches(count: int, length: int, stride: int, batch_size: int) -> Iterator[tuple[Sequence[int], int, int]]:
@@ -130,17 +136,10 @@ def _worst(
     return found
 
 
-def unigram_loss(tokens: np.ndarray, fitted_on: np.ndarray, vocab_size: int) -> float:
-    """Loss in nats per token of all of ``tokens`` but the first under the frequencies in ``fitted_on``, with one
-    added to each of the ``vocab_size`` counts (Laplace)."""
-    counts = _counts(fitted_on, 0, vocab_size) + 1.0
-    targets = _counts(tokens, 1, vocab_size)
-    return float(-(targets * np.log(counts / counts.sum())).sum() / targets.sum())
-
-
-def _counts(tokens: np.ndarray, first: int, vocab_size: int) -> np.ndarray:
-    """How often each id occurs from ``first`` on; block by block, for tokens may be more than fit in memory."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(first, len(tokens), 2**20):
-        counts += np.bincount(tokens[start : min(start + 2**20, len(tokens))], minlength=vocab_size)
-    return counts
+def unigram_loss(scored: np.ndarray, fitted_on: np.ndarray) -> float:
+    """Loss in nats per token of tokens that occur ``scored`` ``(V,)`` times, under the frequencies in ``fitted_on``
+    ``(N,)``, with one added to each count (Laplace)."""
+    counts = np.ones(len(scored))
+    for start in range(0, len(fitted_on), 2**20):  # they may be more than fit in memory
+        counts += np.bincount(fitted_on[start : min(start + 2**20, len(fitted_on))], minlength=len(scored))
+    return float(-(scored * np.log(counts / counts.sum())).sum() / scored.sum())

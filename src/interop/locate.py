@@ -56,6 +56,18 @@ def locate(weights: str, key: str = "weights") -> Source:
     )
 
 
+def run_folder(weights: str) -> Path | None:
+    """The folder, with a ``run.json``, of the run that ``weights`` are of: it, or a checkpoint in it. None where they
+    are no run's."""
+    path = Path(os.path.expanduser(weights)).absolute()
+    try:
+        folder = path if path.is_dir() else path.parent
+        folder = folder.parent if folder.name == "checkpoints" else folder
+        return folder if path.exists() and (folder / "run.json").is_file() else None
+    except OSError:
+        return None
+
+
 def problems_of_weights(weights: str) -> list[str]:
     """Why nothing can be read from ``weights=``, as far as the file system tells; in a line, if any."""
     try:

@@ -33,6 +33,14 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
     Raises:
         ValueError: nothing there, damaged, of another model, or not to be had; in one line, with the cure.
     """
+    return read_weights_and_run(weights, key)[:2]
+
+
+def read_weights_and_run(
+    weights: str | Path, key: str = "weights"
+) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any]]:
+    """What :func:`read_weights` reads, and what a run's checkpoint says of its run: ``step``, ``tokens_seen``,
+    ``precision``, ``metrics``, ``data``, ``eval_windows``, ``data_sha256``; nothing where the weights are no run's."""
     refuse = refusal(weights, key)
     kind, path = locate(str(weights), key)
     if kind == "hub":
@@ -40,14 +48,15 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
     try:
         if kind == "run":
             path, content = _checkpoint_of(path, key)
-            return _of_content(content, path, refuse)
+            return *_of_content(content, path, refuse), _run_of(content)
         if kind == "huggingface":
-            return read_huggingface(path, refuse)
+            return *read_huggingface(path, refuse), {}
         if kind == "openai":
-            return read_openai(path, refuse)
+            return *read_openai(path, refuse), {}
         if path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"):
-            return read_huggingface(path.parent, refuse, path.name)
-        return _of_content(read_sealed(path, key, unsealed=True), path, refuse)
+            return *read_huggingface(path.parent, refuse, path.name), {}
+        content = read_sealed(path, key, unsealed=True)
+        return *_of_content(content, path, refuse), _run_of(content)
     except ValueError as error:
         if isinstance(error, RefusedError) or str(error).startswith(f"{key}="):
             raise
@@ -96,6 +105,12 @@ def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{key}={folder} has no checkpoint that can be read: {key}=<another run folder>")
     log.info("taking %s", printable(found[0]))
     return found
+
+
+def _run_of(content: Any) -> dict[str, Any]:
+    run, fixed = content.get("run"), content.get("fixed_values")
+    sha256 = fixed.get("data_sha256") if isinstance(fixed, dict) else None
+    return {**run, "data_sha256": sha256} if isinstance(run, dict) else {}
 
 
 def _of_content(content: Any, path: Path, refuse: Refuse) -> tuple[GPTConfig, dict[str, Tensor]]:
