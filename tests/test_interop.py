@@ -775,6 +775,14 @@ def test_an_index_of_nonsense(tmp_path, index):
         load_weights(tmp_path)
 
 
+def test_a_config_of_endless_size_is_not_read(tmp_path):
+    write_huggingface(tmp_path, CONFIGS[0], random_net(CONFIGS[0]).state_dict(), None)
+    with (tmp_path / "config.json").open("r+b") as file:
+        file.truncate(10**12)  # sparse
+    with pytest.raises(ValueError, match=r"its config\.json is no JSON \(more than 17 MB\)"):
+        load_weights(tmp_path)
+
+
 def test_a_state_dict_alone_is_not_enough(tmp_path):
     net = random_net(CONFIGS[0])
     torch.save(OrderedDict(net.state_dict()), tmp_path / "plain.pt")
