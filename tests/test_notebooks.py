@@ -30,6 +30,11 @@ def test_tour():
     assert "Every effort moves you" in run("01_tour.ipynb")
 
 
+def test_weights_of_a_small_model_without_a_network(monkeypatch):
+    monkeypatch.delenv("WEIGHTS", raising=False)
+    assert "emb_dim=64" in run("02_gpt2_weights.ipynb")
+
+
 @pytest.mark.parametrize("form", ["weights", "huggingface", "openai", "book"])
 def test_gpt2_weights(tmp_path, monkeypatch, form):
     net = GPT(GPTConfig(context_length=64, emb_dim=64, n_heads=1, n_layers=2, qkv_bias=True, tie_weights=True))
