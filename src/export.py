@@ -1,5 +1,4 @@
-"""A model for other tools: ``python -m src.export weights=<x> format=<f> output=<folder>``. See
-``conf/export.yaml``."""
+"""A model for other tools: ``python -m src.export weights=<x> output=<folder>``. See ``conf/export.yaml``."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ DEFAULT_EPOCHS = 10
 def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> Trainer:
     from lightning.pytorch import Trainer
 
-    from src.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+    from src.callbacks.checkpoints import RunCheckpoints
     from src.callbacks.evaluation import NEVER, EvaluationSchedule
     from src.training.checkpoint_io import SealedCheckpointIO
     from src.training.device import pick_accelerator, pick_precision
@@ -51,11 +51,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
         options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
     if options["enable_checkpointing"]:
-        checkpoints = folder / "checkpoints"
-        callbacks += [
-            BestCheckpoint(checkpoints),
-            LastCheckpoint(checkpoints, **cfg.checkpoint, interruption=interruption),
-        ]
+        callbacks.append(RunCheckpoints(folder / "checkpoints", **cfg.checkpoint, interruption=interruption))
     accelerator = pick_accelerator(options["accelerator"])
     if options["precision"] is None:
         options["precision"] = pick_precision(accelerator)

@@ -1,6 +1,7 @@
 """``python -m src.generate``: any text in, the text alone out."""
 
 import io
+import json
 import os
 import pty
 import subprocess
@@ -203,7 +204,6 @@ BAD = {
     "weights=W prompt=So seed=99999999999999999999": "seed=1",
     "weights=W prompt=So generation=beam length_penalty=1000": "length_penalty=1.0",
     "weights=W prompt=So repetition_penalty=1e-40": "repetition_penalty=1.0",
-    "weights=W prompt=So +foo=1": "foo is no key of generate",
     "weights=W prompt=So hydra.run.dir=src": "hydra.run.dir=<a new folder>",
     "weights=W prompt=So temperature=-1": "temperature=1.0",
     "weights=W prompt=So temperature=hot": "is not of type float",
@@ -370,3 +370,18 @@ def test_bfloat16_continues_much_like_float32(command, small_weights):
     texts = [command(*given, f"precision={precision}") for precision in ("32-true", "bf16-true")]
     assert [status for status, _, _ in texts] == [0, 0]
     assert texts[0][1] == texts[1][1]  # its next tokens are no toss-up
+
+
+def test_a_literal_end_of_text_means_what_it_meant_in_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "a" / "b" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "outputs" / "a" / "b" / "checkpoints" / "last.ckpt").touch()
+    for spelling, brought in ("text", ["special_tokens=text"]), ("parse", []), ("$(reboot)", []):
+        record = {"status": "completed", "config": {"data": {"special_tokens": spelling}}}
+        (tmp_path / "outputs" / "a" / "b" / "run.json").write_text(json.dumps(record))
+        for weights in "outputs/a/b", "'outputs/a/b/checkpoints/last.ckpt'":
+            given = [f"weights={weights}", "seed=1"]
+            assert generate.with_special_tokens_of_run(given) == [*given, *brought]
+            given = [f"weights={weights}", "special_tokens=parse"]
+            assert generate.with_special_tokens_of_run(given) == given
+    assert generate.with_special_tokens_of_run(["weights=gpt2"]) == ["weights=gpt2"]

@@ -92,6 +92,8 @@ def test_files_can_be_read_in_one_sitting():
     long = {path: lines for path, lines in lengths.items() if lines > 160}
     assert set(long) <= {
         "src/generate.py",  # every way for a prompt to come in and for a text to go out
+        "src/evaluate.py",  # which text belongs to the weights, what of it is scored, and the figures
+        "src/resume.py",  # which run is meant, its overrides, and whether they may be trusted
         "src/launch.py",  # devices asked for, devices there, and one process for each
         "src/processes.py",  # how processes begin together, agree and fail together
         "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures

@@ -1,5 +1,6 @@
 """The checkpoints of a run: the best by validation loss, the last and the one before it."""
 
+import math
 import signal
 import time
 from pathlib import Path
@@ -7,40 +8,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
 from src.training.interruption import Interruption
+from src.training.sealed import link
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps ``best.ckpt``, the checkpoint with the lowest ``val/loss``, in a run folder that may be moved."""
+class RunCheckpoints(Checkpoint):
+    """Writes ``last.ckpt`` at the end of training, every so many optimizer steps or minutes, when interrupted, and
+    after an evaluation with the lowest ``val/loss`` so far, when it becomes ``best.ckpt`` too: one file by two names.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="best",
-            monitor="val/loss",
-            save_on_train_epoch_end=False,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fit_loop._should_accumulate():  # else the gradients of half a step would be lost
-            super().on_validation_end(trainer, pl_module)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best = Path(self.dirpath, "best.ckpt")
-        if best.exists():  # this folder's own: its score is still to be beaten
-            state_dict |= {"dirpath": self.dirpath, "best_model_path": str(best)}
-        super().load_state_dict(state_dict)
-
-
-class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` at the end of training, every so many optimizer steps or minutes, and when interrupted.
-
-    It is written when all of a step is over: its update, the logging of its loss, the evaluation due after it. Where
-    several processes train, what one of them asks for, by its clock or for a signal, all do.
+    It is written when all of a step is over: its update, the logging of its loss, the evaluation and the texts due
+    after it. Where several processes train, what one of them asks for, by its clock or for a signal, all do.
     """
 
     def __init__(
@@ -51,15 +30,25 @@ class LastCheckpoint(Checkpoint):
         interruption: Interruption | None = None,
     ) -> None:
         self.path = Path(folder, "last.ckpt")
+        self.best_path = Path(folder, "best.ckpt")
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.interruption = interruption or Interruption()
+        self.best = math.inf  # the lowest val/loss so far
+        self._best_due = False
         self._step = self._saved_step = 0
         self._saved_at = 0.0
         self._between_steps = True  # and not between the batches that one step accumulates
         self._due = False
         self._stop = False
         self._group: torch.distributed.ProcessGroup | None = None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        if self.best_path.exists():  # this folder's own: its loss is still to be beaten
+            self.best = state_dict["best"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
@@ -85,6 +74,12 @@ class LastCheckpoint(Checkpoint):
         # trainer.max_time may be over between two batches that one step accumulates: stop behind the step.
         self._stop |= trainer.should_stop
         trainer.should_stop = self._stop and self._between_steps
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.state.fn == "fit" and self._between_steps and loss is not None and loss < self.best:
+            self.best = loss.item()
+            self._best_due = self._due = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -122,6 +117,9 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path)
+            if self._best_due and trainer.is_global_zero:
+                link(self.path, self.best_path)
+        self._best_due = False
         self._saved_step = self._step
         self._saved_at = time.monotonic()
         self._due = False

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.serialization import config
 
 SEAL = b"sha256:"  # 64 hexadecimal digits follow; together the comment of the zip archive that torch.save writes
 SEAL_BYTES = len(SEAL) + 64
@@ -40,7 +41,8 @@ def write_atomically(content: dict[str, Any], path: Path, previous: Path | None 
     """
     trained = _tensors([content.get("state_dict"), content.get("optimizer_states")])
     tensors = [value for value in trained if value.is_floating_point() and value.numel()]
-    if not torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite():
+    # A sum is not finite where an element is not, and takes a tenth of the time; one that overflows is looked through.
+    if not all(value.sum().isfinite() or value.isfinite().all() for value in tensors):
         raise ValueError(
             f"{path} was not written, the weights or the optimizer hold infinities or NaN: "
             f"optimizer.learning_rate=<less>, then resume=<run folder>"
@@ -51,10 +53,11 @@ def write_atomically(content: dict[str, Any], path: Path, previous: Path | None 
     try:
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("no space left on device")
-        torch.save(content, part)  # by path: through a Python file object it takes up to three times as long
+        with config.patch("save.compute_crc32", False):  # half of the time of a save; the seal is the stronger check
+            torch.save(content, part)  # by path: through a Python file object it takes up to three times as long
         _seal(part)
         if previous is not None and path.exists():
-            _keep_as(path, previous)
+            link(path, previous)
         part.replace(path)
         _flush(path.parent)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
@@ -88,14 +91,15 @@ def _seal(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _keep_as(path: Path, previous: Path) -> None:
-    link = previous.with_name(previous.name + ".part")
+def link(path: Path, name: Path) -> None:
+    """Let the file at ``path`` be ``name`` too; there is a whole file at either at any moment."""
+    part = name.with_name(name.name + ".part")
+    part.unlink(missing_ok=True)
     try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)  # so that there is a file at ``path`` at any moment
-        link.replace(previous)
+        os.link(path, part)
     except OSError:  # a file system without hard links
-        path.replace(previous)
+        shutil.copyfile(path, part)
+    part.replace(name)
 
 
 def _flush(folder: Path) -> None:
