@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -66,6 +66,7 @@ def export(cfg: DictConfig) -> float:
         raise ValueError("\n".join(problems))
     from safetensors import SafetensorError
 
+    from src.interop.model_card import model_card
     from src.interop.weights import build, load_weights, read_weights_and_run
 
     output = Path(os.path.expanduser(cfg.output))
@@ -78,8 +79,8 @@ def export(cfg: DictConfig) -> float:
         part = Path(aside, output.name)
         part.mkdir()
         folder = run_folder(cfg.weights)
-        about = (run, read_record(folder) if folder else {})
-        _write(part, cfg.format, config, weights, about, output.name)
+        card = model_card(config, run, read_record(folder) if folder else {}, output.name)
+        _write(part, cfg.format, config, weights, card)
         for file in part.iterdir():
             file.chmod(
                 part.stat().st_mode & 0o666
@@ -116,14 +117,7 @@ def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig,
     return replace(config, vocab_size=n_vocab), {**weights, **cut}
 
 
-def _write(
-    folder: Path,
-    kind: str,
-    config: GPTConfig,
-    weights: dict[str, Tensor],
-    about: tuple[dict[str, Any], dict[str, Any]],
-    name: str,
-) -> None:
+def _write(folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor], card: str) -> None:
     if kind == "weights":
         from src.interop.weights import build, save_weights
 
@@ -134,7 +128,6 @@ def _write(
         write_book(folder, config, weights)
     else:
         from src.interop.huggingface import write_huggingface
-        from src.interop.model_card import model_card
         from src.interop.tokenizer_files import write_tokenizer
         from src.tokenizer import gpt2_tokenizer
 
@@ -145,7 +138,7 @@ def _write(
             write_tokenizer(folder, tokenizer, config.context_length)
         else:
             log.warning("no tokenizer files: the model knows %d tokens, the tokenizer more", config.vocab_size)
-        (folder / "README.md").write_text(model_card(config, *about, name), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _largest_difference(net: GPT, other: GPT) -> float:

@@ -115,6 +115,18 @@ def test_the_card_is_that_of_the_checkpoint(command, tiny_run, tmp_path):
         assert shown["command"] == json.loads((run.folder / "run.json").read_text())["command"]
 
 
+def test_a_card_of_a_strangers_checkpoint(command, run_folder, tmp_path):
+    """Whatever it and the run.json beside it say of themselves, there is a card."""
+    content = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    for number, metrics in enumerate(("none", {"val/loss": "\n# evil"}, {"val/loss": None}, [1])):
+        file = tmp_path / f"{number}.ckpt"
+        torch.save({**content, "run": {"metrics": metrics, "step": "1`\n# evil"}}, file)
+        (tmp_path / "run.json").write_text('{"versions": [1], "command": {"a": "b"}, "config": 5}')
+        status, _, err = command("export", f"weights={file}", f"output={tmp_path / str(number)}")
+        assert status == 0, err
+        assert "\n# evil" not in (tmp_path / str(number) / "README.md").read_text()
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 @pytest.mark.parametrize("form", FILES)
 def test_files_are_as_the_users_umask_has_them(command, small_weights, tmp_path, form, umask):

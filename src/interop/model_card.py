@@ -6,6 +6,7 @@ from typing import Any
 
 from src.interop.names import shapes
 from src.model.config import GPTConfig
+from src.training.sealed import printable
 
 
 def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], name: str) -> str:
@@ -24,7 +25,8 @@ def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], n
         "bias in query, key, value": "yes" if config.qkv_bias else "no (zeros in the file)",
         "head tied to the embedding": "yes" if config.tie_weights else "no",
     }
-    metrics = run.get("metrics") or {}
+    given = run.get("metrics"), record.get("versions")
+    metrics, versions = (value if isinstance(value, dict) else {} for value in given)
     val_loss = metrics.get("val/loss")
     trained = {
         "command": record.get("command"),
@@ -32,12 +34,12 @@ def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], n
         "tokens seen": run.get("tokens_seen"),
         "train loss": metrics.get("train/eval_loss"),
         "val loss": val_loss,
-        "val perplexity": None if val_loss is None else math.exp(min(val_loss, 700)),
+        "val perplexity": math.exp(min(val_loss, 700)) if isinstance(val_loss, float) else None,
         "data sha256": run.get("data_sha256"),
         "precision": run.get("precision"),
         "device": record.get("device"),
         "git": record.get("git"),
-        "versions": ", ".join(f"{package} {version}" for package, version in (record.get("versions") or {}).items()),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
     }
     lines = [
         "---",
@@ -54,7 +56,7 @@ def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], n
     lines += [f"| {key} | {value} |" for key, value in shape.items()]
     if run or record:
         lines += ["", "## How it was trained", "", "| | |", "|---|---|"]
-        lines += [f"| {key} | `{value}` |" for key, value in trained.items() if value not in (None, "")]
+        lines += [f"| {key} | `{printable(value)}` |" for key, value in trained.items() if value not in (None, "")]
         lines += ["", "```json", json.dumps(record.get("config", {}), indent=2), "```"]
     lines += [
         "",
