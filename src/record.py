@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
 LINGERING = 15  # seconds
 KEY_BYTES = 32
-OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "tensorboard")
+OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
 
 
 class RunRecord:
@@ -72,7 +72,7 @@ class RunRecord:
             raise ValueError(
                 f"{folder} is in use by another process: stop that, or hydra.run.dir=<a new folder>"
             ) from None
-        if not resumed and (taken := [name for name in OUTPUTS if (folder / name).exists()]):
+        if not resumed and (taken := [name for name in OUTPUTS if any(folder.glob(name))]):
             self._lock.release()
             raise ValueError(
                 f"hydra.run.dir={folder} already holds a run ({', '.join(taken)}): resume={folder} to continue it, or "

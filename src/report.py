@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from src.processes import lost_peer
+from src import cli, processes
 from src.resume import command_to_resume
 from src.training.config import EvalConfig
 from src.training.interruption import Interrupted
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
     from src.train import Run
 
 log = logging.getLogger(__name__)
+
+COMPARED = ("data.batch_size", "optimizer.name", "optimizer.learning_rate", "schedule.name", "seed")
 
 
 def judge_initial_loss(loss: float, vocab_size: int) -> None:
@@ -34,16 +35,27 @@ def judge_initial_loss(loss: float, vocab_size: int) -> None:
         log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
 
 
-def log_hyperparameters(trainer: Trainer, config: dict[str, Any]) -> None:
-    """The flat config for TensorBoard's HParams, whose metrics are the curves of val/loss and val/perplexity."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from torch.utils.tensorboard.summary import hparams
+def hyperparameters(cfg: DictConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """What a person compares between runs, by the names of the overrides: size, data, batch, learning rate, schedule
+    and seed, and what else of the hyperparameters was asked for or differs from the default."""
+    values, written, default = dict(_flat(record["config"])), _flat(OmegaConf.to_container(cfg)), _defaults()
+    asked = {override.split("=")[0].lstrip("+") for override in record["overrides"]}
+    sections = ("model.", "data.", "optimizer.", "schedule.", "trainer.", "weights", "ckpt_path")
+    others = [
+        key for key, value in written if key.startswith(sections) and (key in asked or default.get(key, value) != value)
+    ]
+    batch = cfg.data.batch_size * cfg.data.context_length * cfg.trainer.accumulate_grad_batches
+    return {
+        **{key: values[key] for key in (*COMPARED, *others)},
+        "data.path": values["data.path"] or Path(values.get("data.url") or "story").name,
+        "parameters": record["parameters"],
+        "tokens_per_step": batch * processes.world_size(),
+    }
 
-    values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in _flat(config)}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            for summary in hparams(values, {"val/loss": 0.0, "val/perplexity": 0.0}):
-                logger.experiment.file_writer.add_summary(summary)
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return dict(_flat(OmegaConf.to_container(cli.compose("train", []))))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -100,7 +112,7 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
     from src.training.device import is_out_of_memory
 
     message = str(error)
-    if lost_peer(error):
+    if processes.lost_peer(error):
         return f"another process of this run has died, often for want of memory: resume={folder}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error.filename or folder}): free some, then resume={folder}"

@@ -300,8 +300,8 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
 
     trainer, module, datamodule = run.trainer, run.module, run.datamodule
     evaluating = trainer.limit_val_batches != 0
-    if path is None or not cfg.resume:
-        report.log_hyperparameters(trainer, record.values["config"])
+    for logger in trainer.loggers:
+        logger.log_hyperparams(report.hyperparameters(cfg, record.values))
     if path is None and evaluating:
         trainer.validate(module, datamodule=datamodule, verbose=False)
         if not cfg.weights:

@@ -74,12 +74,6 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
 
 def go_on_logging(trainer: Trainer, step: int) -> None:
     """Let the curves in the run folder go on behind ``step``; what was logged beyond it is logged again."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from src.callbacks.metrics_csv import MetricsCSV
-
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, MetricsCSV):
+        if hasattr(logger, "resume"):  # metrics.csv and the dashboard; others have no memory in the run folder
             logger.resume(step)
-        elif isinstance(logger, TensorBoardLogger):
-            logger._kwargs["purge_step"] = step + 1

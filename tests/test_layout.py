@@ -15,13 +15,14 @@ README = (ROOT / "README.md").read_text()
 ALLOWED = {
     "model": {"model"},
     "tokenizer": {"tokenizer"},
+    "figure": {"figure"},
     "data": {"data", "tokenizer"},
     "generation": {"generation", "model", "tokenizer"},
     "interop": {"interop", "model", "training"},
     "bench": {"bench", "data", "generation", "model", "tokenizer", "training"},
-    "evaluation": {"evaluation", "generation", "model", "tokenizer"},
+    "evaluation": {"evaluation", "figure", "generation", "model", "tokenizer"},
     "training": {"training", "generation", "model", "tokenizer"},
-    "callbacks": {"callbacks", "training", "generation", "model", "tokenizer"},
+    "callbacks": {"callbacks", "figure", "training", "generation", "model", "tokenizer"},
 }
 ENTRIES = {
     "train",

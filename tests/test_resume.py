@@ -120,10 +120,12 @@ def test_tensorboard_curve_without_overlap(tiny_run, at_batch, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         tiny_run(*common, folder=tmp_path / "run")
     tiny_run(*common, resume=tmp_path / "run")
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
-    assert [event.step for event in events.Scalars("val/loss")] == [0, 3, 6, 9, 12]
+    assert [event.step for event in events.Scalars("training/loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("loss/val")] == [0, 3, 6, 9, 12]
+    assert [event.step for event in events.Scalars("vs_tokens/training_loss")] == [64 * n for n in range(1, 13)]
+    assert [event.step for event in events.Scalars("vs_tokens/loss_val")] == [64 * n for n in (0, 3, 6, 9, 12)]
 
 
 def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeypatch):
@@ -563,7 +565,7 @@ def test_two_processes_cannot_share_a_folder(tiny_run, cut, monkeypatch):
     with FileLock(cut / ".lock"), pytest.raises(ValueError, match="is in use by another process: stop that"):
         tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
     with pytest.raises(
-        ValueError, match=r"already holds a run \(run.json, metrics.csv, checkpoints, tensorboard\): resume="
+        ValueError, match=r"already holds a run \(run.json, metrics.csv, checkpoints, events.out.tfevents.\*\): resume="
     ):
         tiny_run("callbacks=none", folder=cut)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.evaluation.losses import TextLoss
+from src.figure import BLUE, new_figure
 from src.tokenizer import token_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def write_report(found: TextLoss, tokens: np.ndarray, tokenizer: tiktoken.Encodi
 
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    loss_by_position(found.by_position).savefig(plots / "loss_by_position.png", dpi=120)
+    loss_by_position(found.by_position).savefig(plots / "loss_by_position.png")
     if not found.surprises:
         return
     rows, labels = ["| loss | probability | before | token | likeliest instead |", "|---|---|---|---|---|"], []
@@ -42,13 +43,13 @@ def write_report(found: TextLoss, tokens: np.ndarray, tokenizer: tiktoken.Encodi
         labels.append(f"{before[-30:]} [{token}]")
     (folder / "surprises.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
     with warnings.catch_warnings(action="ignore"):  # of letters that the font does not have
-        most_surprising(labels, [one.loss for one in found.surprises]).savefig(plots / "surprises.png", dpi=120)
+        most_surprising(labels, [one.loss for one in found.surprises]).savefig(plots / "surprises.png")
 
 
 def loss_by_position(means: np.ndarray) -> Figure:
     """Mean loss over the number of tokens of context, ``(T,)``, NaN where there is none."""
-    figure, axes = _axes(6, 4)
-    axes.plot(np.arange(1, len(means) + 1), means, linewidth=1)
+    figure, axes = new_figure()
+    axes.plot(np.arange(1, len(means) + 1), means, color=BLUE, linewidth=1)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("loss (nats per token)")
     return figure
@@ -56,19 +57,9 @@ def loss_by_position(means: np.ndarray) -> Figure:
 
 def most_surprising(labels: list[str], losses: list[float]) -> Figure:
     """The most surprising tokens, each with the words before it, the worst on top."""
-    figure, axes = _axes(8, 0.6 + 0.28 * len(labels))
+    figure, axes = new_figure(6.4, 0.6 + 0.24 * len(labels))
     places = np.arange(len(labels))[::-1]
-    axes.barh(places, losses)
+    axes.barh(places, losses, color=BLUE)
     axes.set_yticks(places, [label.replace("$", r"\$") for label in labels], fontsize=8, family="monospace")
     axes.set_xlabel("loss (nats)")
     return figure
-
-
-def _axes(width: float, height: float):
-    from matplotlib.figure import Figure  # draws without pyplot: no display, no global state
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
