@@ -151,6 +151,14 @@ def check_sections(cfg: DictConfig, sections: dict[str, type]) -> tuple[dict[str
     return checked, found
 
 
+def problems_of_output(output: Path) -> list[str]:
+    """Why the folder ``output`` cannot be made, or written to where it is there already; in a line, if at all."""
+    above = next(folder for folder in (output.absolute(), *output.absolute().parents) if os.path.lexists(folder))
+    if above.is_dir() and os.access(above, os.W_OK):
+        return []
+    return [f"output={output} cannot be made in {above}: output=<a folder elsewhere>"]
+
+
 def _wrong_type(prefix: str, field: dataclasses.Field, value: Any) -> str:
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     cure = default if isinstance(default, str) else json.dumps(default)

@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from src import cli
-from src.interop.locate import WEIGHTS_FILE, locate, problems_of_weights
+from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
 from src.record import read_record
 from src.resume import with_latest_weights
 
@@ -49,12 +49,9 @@ def find_problems(cfg: DictConfig) -> list[str]:
         return found
     found += problems_of_weights(checked[""].weights)
     output = Path(os.path.expanduser(checked[""].output))
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        found.append(f"output={output} is there already: output=<a new folder>")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        found.append(f"output={output} cannot be made in {above}: output=<a folder elsewhere>")
-    return found
+    if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
+        return [*found, f"output={output} is there already: output=<a new folder>"]
+    return found + cli.problems_of_output(output)
 
 
 def export(cfg: DictConfig) -> float:
@@ -69,17 +66,25 @@ def export(cfg: DictConfig) -> float:
         raise ValueError("\n".join(problems))
     from safetensors import SafetensorError
 
-    from src.interop.weights import build, load_weights, read_weights
+    from src.interop.model_card import model_card
+    from src.interop.weights import build, load_weights, read_weights_and_run
 
     output = Path(os.path.expanduser(cfg.output))
-    config, weights = _unpadded(*read_weights(cfg.weights))
+    config, weights, run = read_weights_and_run(cfg.weights)
+    config, weights = _unpadded(config, weights)
     aside = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
         part = Path(aside, output.name)
         part.mkdir()
-        _write(part, cfg.format, config, weights, _record_of(cfg.weights), output.name)
+        folder = run_folder(cfg.weights)
+        card = model_card(config, run, read_record(folder) if folder else {}, output.name)
+        _write(part, cfg.format, config, weights, card)
+        for file in part.iterdir():
+            file.chmod(
+                part.stat().st_mode & 0o666
+            )  # as the user's umask has it: safetensors writes for the owner alone
         net = build(config, weights).eval()
         difference = _largest_difference(net, load_weights(part, key="output"))
         if not difference <= 1e-4:  # NaN is no small number
@@ -112,9 +117,7 @@ def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig,
     return replace(config, vocab_size=n_vocab), {**weights, **cut}
 
 
-def _write(
-    folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor], record: dict[str, Any], name: str
-) -> None:
+def _write(folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor], card: str) -> None:
     if kind == "weights":
         from src.interop.weights import build, save_weights
 
@@ -125,7 +128,6 @@ def _write(
         write_book(folder, config, weights)
     else:
         from src.interop.huggingface import write_huggingface
-        from src.interop.model_card import model_card
         from src.interop.tokenizer_files import write_tokenizer
         from src.tokenizer import gpt2_tokenizer
 
@@ -136,14 +138,7 @@ def _write(
             write_tokenizer(folder, tokenizer, config.context_length)
         else:
             log.warning("no tokenizer files: the model knows %d tokens, the tokenizer more", config.vocab_size)
-        (folder / "README.md").write_text(model_card(config, record, name), encoding="utf-8")
-
-
-def _record_of(weights: str) -> dict[str, Any]:
-    kind, path = locate(weights)
-    if kind == "run":
-        return read_record(path.parent if path.name == "checkpoints" else path)
-    return read_record(path.parent.parent) if path.parent.name == "checkpoints" else {}
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _largest_difference(net: GPT, other: GPT) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from omegaconf import DictConfig
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RAW = ("prompt", "prompt_file", "stop")  # taken to the letter, past Hydra
 LIKELIEST = 10
+LONGEST_PROMPT = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     """Write the continuations of all prompts to stdout, or ask for prompts on a terminal.
 
     Raises:
-        ValueError: the problems of the config; weights that cannot be read; a prompt that is not UTF-8.
+        ValueError: the problems of the config; weights that cannot be read, or that make logits that are not finite; a
+            prompt that is not UTF-8; too little memory.
     """
     if problems := find_problems(cfg, raw):
         raise ValueError("\n".join(problems))
@@ -82,7 +84,7 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
     from src.tokenizer import gpt2_tokenizer
-    from src.training.device import pick_accelerator
+    from src.training.device import is_out_of_memory, pick_accelerator
 
     config = GenerateConfig(**{field.name: cfg[field.name] for field in fields(GenerateConfig)})
     prompts = [
@@ -103,26 +105,40 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
             _converse(net, config, raw["stop"])
     except BrokenPipeError:  # whoever read our texts has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        key = "num_beams" if config.num_beams > 1 else "num_samples"
+        less = f"{key}={getattr(config, key) // 2}" if getattr(config, key) > 1 else "weights=<a smaller model>"
+        raise ValueError(f"out of memory: {less}") from error
 
 
-def _write(net: GPT, prompts: list[str], config: GenerateConfig, stop: list[str]) -> None:
+def _write(net: GPT, prompts: list[str], config: GenerateConfig, stop: list[str], first: int = 0) -> None:
     from src.generation.text import continue_texts
 
     alone = len(prompts) == config.num_samples == config.num_beams == 1
-    streamed = alone and not config.inspect
+    streamed, begun = alone and not config.inspect, False
+
+    def say(text: str) -> None:
+        nonlocal begun
+        _say(text if begun or not config.echo else prompts[0] + text)  # nothing where no token can be chosen
+        begun = True
+
+    try:
+        found = continue_texts(
+            net,
+            prompts,
+            config,
+            stop,
+            special_tokens=config.special_tokens,
+            on_text=say if streamed else None,
+            on_step=_Inspection() if config.inspect else None,
+            first=first,
+        )
+    finally:
+        if begun:
+            _say("\n")
     if streamed:
-        _say(prompts[0] if config.echo else "")
-    found = continue_texts(
-        net,
-        prompts,
-        config,
-        stop,
-        special_tokens=config.special_tokens,
-        on_text=_say if streamed else None,
-        on_step=_Inspection() if config.inspect else None,
-    )
-    if streamed:
-        _say("\n")
         return
     for number, (prompt, samples) in enumerate(zip(prompts, found, strict=True)):
         for sample, continuation in enumerate(samples):
@@ -133,7 +149,7 @@ def _write(net: GPT, prompts: list[str], config: GenerateConfig, stop: list[str]
 
 
 def _converse(net: GPT, config: GenerateConfig, stop: list[str]) -> None:
-    """A prompt per line until the end of the input; the seed moves on with each."""
+    """A prompt per line until the end of the input, each continued as that of its number on the command line."""
     print("a text to continue, or Ctrl-D", file=sys.stderr)
     for turn in range(sys.maxsize):
         print("> ", end="", file=sys.stderr, flush=True)
@@ -141,7 +157,7 @@ def _converse(net: GPT, config: GenerateConfig, stop: list[str]) -> None:
         if not line:
             print(file=sys.stderr)
             return
-        _write(net, [line.removesuffix("\n")], replace(config, seed=config.seed + turn), stop)
+        _write(net, [line.removesuffix("\n")], config, stop, first=turn)
 
 
 class _Inspection:
@@ -172,18 +188,23 @@ def _say(text: str) -> None:
 
 @functools.cache  # what comes through a pipe comes once
 def _stdin() -> str:
-    return _decoded(sys.stdin.buffer.read() if sys.stdin else b"", "prompt=-")
+    return _decoded(sys.stdin.buffer, "prompt=-") if sys.stdin else ""
 
 
 @functools.cache
 def _read(file: Path) -> str:
     try:
-        return _decoded(Path(os.path.expanduser(file)).read_bytes(), f"prompt_file={file}")
+        with Path(os.path.expanduser(file)).open("rb") as content:
+            return _decoded(content, f"prompt_file={file}")
     except OSError as error:
         raise ValueError(f"prompt_file={file} cannot be read ({error.strerror}): prompt_file=<a text file>") from None
 
 
-def _decoded(content: bytes, what: str) -> str:
+def _decoded(file: BinaryIO, what: str) -> str:
+    content = file.read(LONGEST_PROMPT + 1)  # no more, for a device never ends
+    if len(content) > LONGEST_PROMPT:
+        key = what.split("=")[0]
+        raise ValueError(f"{what} has more than {LONGEST_PROMPT / 1e6:.0f} MB: {key}=<the end of it, which counts>")
     try:
         return content.decode()
     except UnicodeDecodeError as error:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +31,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         find_sources(checked[""].paths)
     except ValueError as error:
         found += str(error).splitlines()
-    output = Path(checked[""].output).expanduser()
-    above = next(folder for folder in [output.absolute(), *output.absolute().parents] if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        found.append(f"output={output} cannot be made in {above}: output=<a folder elsewhere>")
-    return found
+    return found + cli.problems_of_output(Path(checked[""].output).expanduser())
 
 
 def prepare(cfg: DictConfig) -> None:

@@ -110,13 +110,15 @@ def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
 
 def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
     """One line on what ran out or died and how to get on; None for any other error."""
+    from src.training.device import is_out_of_memory
+
     message = str(error)
     resume = shlex.quote(f"resume={as_typed(folder)}") if (folder / "run.json").exists() else "the same command again"
     if processes.lost_peer(error):
         return f"another process of this run has died, often for want of memory: {resume}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error.filename or folder}): free some, then {resume}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message:
+    if is_out_of_memory(error):
         batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate_grad_batches
         parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)
         if parts:

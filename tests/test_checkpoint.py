@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,9 @@ def test_flipped_bit_or_truncation_is_found_and_an_older_one_taken(tmp_path, tri
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         last.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"damaged"):
-            read_checkpoint(last)
+        for read in read_checkpoint, read_weights:
+            with pytest.raises(ValueError, match=r"damaged"):
+                read(last)
         path, content = newest_good_checkpoint(tmp_path)
         assert (path, content["global_step"]) == (previous, 1)
     for length in lengths:
@@ -244,6 +246,46 @@ def test_weights_alone_are_sealed_too(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(DamagedError, match="does not match its SHA-256"):
         load_weights(path)
+
+
+def test_a_checkpoint_of_another_trainer_gives_its_weights(tmp_path, caplog):
+    """Of one that writes no SHA-256, as Lightning's own; but only a whole one can be continued from."""
+    net = GPT(GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
+    content = {
+        **content_of(7),
+        "hyper_parameters": {"model": asdict(net.config), "seed": 1},
+        "state_dict": {f"net.{name}": tensor for name, tensor in net.state_dict().items()},
+    }
+    path = tmp_path / "version_0" / "checkpoints" / "epoch=0-step=7.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    for weights in path, path.parent, path.parents[1]:
+        caplog.clear()
+        assert torch.equal(load_weights(weights).tok_emb.weight, net.tok_emb.weight)
+        assert caplog.messages[0] == f"{path} was written without a SHA-256: damage to it would go unnoticed"
+    with pytest.raises(DamagedError, match="it has no SHA-256"):
+        read_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match=r"it does not end where torch\.save ends"):
+        read_weights(path)
+
+
+def test_a_pipe_or_a_device_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    for path in tmp_path / "pipe.ckpt", Path("/dev/zero"):
+        with pytest.raises(DamagedError, match="no regular file"):
+            read_checkpoint(path)
+
+
+def test_the_name_of_a_file_reaches_the_terminal_in_one_printable_line(tmp_path, caplog):
+    path = tmp_path / "\x1b[31m\nerror: evil.ckpt"
+    path.write_bytes(b"hello" * 100)
+    for read in read_checkpoint, read_weights:
+        with pytest.raises(DamagedError) as error:
+            read(path)
+        assert str(error.value).isprintable()
+    assert newest_good_checkpoint(tmp_path) is None
+    assert all(message.isprintable() for message in caplog.messages)
 
 
 def test_without_hard_links(tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """``python -m src.export``: other tools take it from there."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import metrics_of
 
 from src.cli import CONF
 from src.generation.decode import generate
@@ -83,10 +86,62 @@ def test_the_card_tells_how_the_model_came_about(command, run_folder, tmp_path):
     card = (tmp_path / "hf" / "README.md").read_text()
     record = json.loads((run_folder / "run.json").read_text())
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for key in "val_loss", "data_sha256", "optimizer_steps":
+    for key in "val_loss", "train_loss", "val_perplexity", "data_sha256", "optimizer_steps", "tokens_seen", "command":
         assert f"| {key.replace('_', ' ')} | `{record[key]}` |" in card
     assert f"torch {torch.__version__}" in card
     assert '"learning_rate": 0.01' in card
+    parameters = sum(parameter.numel() for parameter in load_weights(tmp_path / "hf").parameters())
+    assert f"| parameters | {parameters:,} |" in card
+
+
+def test_the_card_is_that_of_the_checkpoint(command, tiny_run, tmp_path):
+    """Not that of the end of its run, by when a learning rate that grows too large has undone it."""
+    rising = ("optimizer.learning_rate=1", "schedule.warmup_steps=11")
+    run = tiny_run("trainer.max_steps=12", "eval.every_steps=4", *rising, "callbacks=none")
+    rows = [row for row in metrics_of(run) if "val/loss" in row]
+    best = min(rows, key=lambda row: row["val/loss"])
+    assert best["step"] == 4
+    for weights in run.folder, run.folder / "checkpoints" / "best.ckpt":
+        output = tmp_path / f"of {weights.name}"
+        status, _, err = command("export", f"weights={weights}", f"output='{output}'")
+        assert status == 0, err
+        card = (output / "README.md").read_text()
+        shown = dict(re.findall(r"^\| ([\w ]+) \| `(.*)` \|$", card, re.M))
+        assert shown["optimizer steps"] == str(int(best["step"]))
+        assert shown["tokens seen"] == str(int(best["tokens_seen"]))
+        assert float(shown["val loss"]) == pytest.approx(best["val/loss"], rel=1e-6)
+        assert float(shown["train loss"]) == pytest.approx(best["train/eval_loss"], rel=1e-6)
+        assert float(shown["val perplexity"]) == pytest.approx(math.exp(best["val/loss"]), rel=1e-6)
+        assert shown["command"] == json.loads((run.folder / "run.json").read_text())["command"]
+
+
+def test_a_card_of_a_strangers_checkpoint(command, run_folder, tmp_path):
+    """Whatever it and the run.json beside it say of themselves, there is a card."""
+    content = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    for number, metrics in enumerate(("none", {"val/loss": "\n# evil"}, {"val/loss": None}, [1])):
+        file = tmp_path / f"{number}.ckpt"
+        torch.save({**content, "run": {"metrics": metrics, "step": "1`\n# evil"}}, file)
+        (tmp_path / "run.json").write_text('{"versions": [1], "command": {"a": "b"}, "config": 5}')
+        status, _, err = command("export", f"weights={file}", f"output={tmp_path / str(number)}")
+        assert status == 0, err
+        assert "\n# evil" not in (tmp_path / str(number) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("form", FILES)
+def test_files_are_as_the_users_umask_has_them(command, small_weights, tmp_path, form, umask):
+    before = os.umask(umask)
+    try:
+        assert (
+            command("export", f"weights={small_weights}", f"format={form}", f"output={tmp_path / 'new' / 'out'}")[0]
+            == 0
+        )
+    finally:
+        os.umask(before)
+    for folder in tmp_path / "new", tmp_path / "new" / "out":
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    for file in (tmp_path / "new" / "out").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
 
 
 def test_what_transformers_trained_further_comes_back(command, small_weights, small_net, tmp_path):
@@ -123,6 +178,8 @@ BAD = {
     "weights=W output=W/inside": "cannot be made in",
     "weights=W output=/proc/x": "output=<a folder elsewhere>",
     "weights=W output=FULL": "is there already",
+    "weights=W output=/": "output=/ is there already: output=<a new folder>",
+    f"weights=W output={'x' * 300}": "output=<a folder elsewhere>",
 }
 
 

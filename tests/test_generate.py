@@ -8,12 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
+import torch
 
 from src import cli, generate
 from src.generation.config import GenerationConfig
 from src.generation.text import continue_texts
+from src.interop.weights import save_weights
+from src.model.gpt import GPT
 
 NASTY = [
     "She said \"no\", and 'yes'",
@@ -66,7 +70,7 @@ def test_nasty_prompts_arrive_unchanged(command, monkeypatch, small_weights, tmp
 @pytest.mark.parametrize("text", NASTY[:4])
 def test_a_single_nasty_prompt(command, small_weights, small_net, text):
     status, out, err = command("generate", f"weights={small_weights}", "max_new_tokens=4", f"prompt={text}", "top_k=7")
-    config = GenerationConfig(temperature=1.0, top_k=7, max_new_tokens=4)
+    config = GenerationConfig(top_k=7, max_new_tokens=4)
     ((expected,),) = continue_texts(small_net, [text], config)
     assert (status, out, err) == (0, f"{text}{expected.text}\n", "")
 
@@ -79,7 +83,7 @@ def test_stdin_is_a_prompt_like_any_other(small_weights, small_net, tmp_path):
         input=text.encode(), capture_output=True, cwd=tmp_path, timeout=120,
         env={**os.environ, "PYTHONPATH": str(cli.CONF.parent), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
-    ((expected,),) = continue_texts(small_net, [text], GenerationConfig(temperature=1.0, top_k=25, max_new_tokens=5))
+    ((expected,),) = continue_texts(small_net, [text], GenerationConfig(max_new_tokens=5))
     assert done.stdout.decode() == text + expected.text + "\n"
     assert done.stderr == b""
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +142,13 @@ def test_presets(command, small_weights, small_net):
         )
         assert status == 0
         assert ("score" in err) == (preset == "beam")
-    for preset, config in ("greedy", {}), ("nucleus", {"temperature": 1.0, "top_p": 0.9}), ("beam", {"num_beams": 4}):
+    configs = {
+        "sample": {},
+        "greedy": {"temperature": 0},
+        "nucleus": {"top_k": None, "top_p": 0.9},
+        "beam": {"temperature": 0, "num_beams": 4},
+    }
+    for preset, config in configs.items():
         ((expected,),) = continue_texts(small_net, ["So"], GenerationConfig(max_new_tokens=6, **config))
         assert found[preset] == f"So{expected.text}\n"
     assert len(set(found.values())) >= 3
@@ -207,6 +217,9 @@ BAD = {
     "weights=W prompt=So prompt=No inspect=true": "give one prompt",
     "weights=W prompt_file=nowhere.txt": "prompt_file=nowhere.txt cannot be read",
     "weights=W prompt_file=W": "is not UTF-8",
+    "weights=W prompt_file=/dev/zero": "prompt_file=/dev/zero has more than 17 MB: prompt_file=",
+    "weights=W prompt=So num_samples=1000000": "num_samples=10000",
+    "weights=W prompt=So generation=beam num_beams=60000": "num_beams=256",
     "weights=W prompt=So device=quantum": "device=auto",
     "weights=W prompt=So top-k=3": "top_k",
     "weights=W prompt=So max_tokens=3": "max_new_tokens",
@@ -268,6 +281,51 @@ def test_a_broken_model_is_one_line(command, small_weights, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("way", ["temperature=0", "temperature=1", "generation=beam", "num_samples=2", "inspect=true"])
+def test_weights_that_make_no_numbers_make_no_text(command, small_net, tmp_path, way):
+    """Finite each, their products are not."""
+    net = GPT(small_net.config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1e38)
+    save_weights(net, tmp_path / "huge.pt")
+    status, out, err = command("generate", f"weights={tmp_path / 'huge.pt'}", "prompt=So", way)
+    assert (status, out) == (1, "")
+    assert err == "error: the model's logits are not finite, no token follows from them: weights=<other weights>\n"
+
+
+def test_a_text_that_breaks_off_ends_its_line(command, small_net, tmp_path):
+    net = GPT(small_net.config)
+    net.load_state_dict(small_net.state_dict())
+    with torch.no_grad():
+        net.pos_emb.weight[3] = 3e38
+    save_weights(net, tmp_path / "huge.pt")
+    status, out, err = command("generate", f"weights={tmp_path / 'huge.pt'}", "prompt=So", "max_new_tokens=9")
+    assert status == 1
+    assert out.startswith("So")
+    assert out.endswith("\n")
+    assert err.startswith("error: the model's logits are not finite")
+
+
+def test_too_little_memory_is_one_line(command, small_weights, monkeypatch):
+    def search(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("src.generation.text.beam_search", search)
+    status, out, err = command("generate", f"weights={small_weights}", "prompt=So", "generation=beam")
+    assert (status, out, err) == (1, "", "error: out of memory: num_beams=2\n")
+
+
+def test_a_prompt_through_a_pipe_is_bounded(small_weights, tmp_path):
+    done = subprocess.run(
+        f"yes | {sys.executable} -m src.generate weights={small_weights} prompt=-",
+        shell=True, capture_output=True, cwd=tmp_path, timeout=120, text=True,
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: prompt=- has more than 17 MB: prompt=<the end of it, which counts>\n"
+
+
 def test_nothing_heavy_before_the_overrides_are_checked(small_weights):
     code = (
         "import sys\nfrom src import generate, cli\n"
@@ -293,6 +351,12 @@ def test_lightning_is_not_needed(small_weights):
         timeout=60,
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_defaults_of_the_library_are_those_of_the_command():
+    cfg, config = cli.compose("generate", ["weights=x"]), generate.GenerateConfig()
+    assert asdict(config) == {key: cfg[key] for key in asdict(config)} | {"weights": "gpt2"}
+    assert asdict(GenerationConfig()) == {key: cfg[key] for key in asdict(GenerationConfig())}
 
 
 def test_config_is_checked_by_every_key():

@@ -194,6 +194,14 @@ def test_temperatures_at_the_edge_of_float32(temperature):
         assert torch.equal(drawn, logits.argmax(-1, keepdim=True))
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_samples", 10**6), ("num_beams", 60_000)])
+def test_more_than_memory_holds_is_refused_before_any_is_taken(key, value):
+    with pytest.raises(ValueError, match=rf"^{key}={value} must lie between 1 and [\d,]*: {key}=") as error:
+        GenerationConfig(temperature=0, num_beams=value) if key == "num_beams" else GenerationConfig(num_samples=value)
+    cure = int(str(error.value).split("=")[-1])
+    assert getattr(GenerationConfig(**{"temperature": 0, key: cure}), key) == cure
+
+
 @pytest.mark.parametrize("key", WRONG)
 def test_impossible_settings_are_told_with_their_cure(key):
     with pytest.raises(ValueError, match=rf"^{key}=.*: {key}=") as error:
@@ -205,7 +213,7 @@ def test_beams_do_not_draw():
     with pytest.raises(ValueError, match="generation=beam"):
         GenerationConfig(num_beams=4, temperature=1.0)
     with pytest.raises(ValueError, match="num_beams=5"):
-        GenerationConfig(num_beams=4, num_samples=5)
+        GenerationConfig(temperature=0, num_beams=4, num_samples=5)
 
 
 def test_an_empty_prompt_has_no_next_token(net):
@@ -320,7 +328,7 @@ def test_half_a_character_is_never_shown():
 
 def test_texts_of_any_length_together(reader):
     prompts = ["Every effort", "", "Жук 🚀, " * 10, "a"]
-    config = GenerationConfig(max_new_tokens=8)
+    config = GenerationConfig(temperature=0, max_new_tokens=8)
     together = continue_texts(reader, prompts, config)
     for prompt, (continuation,) in zip(prompts, together, strict=True):
         tokens = text_to_token_ids(prompt or "<|endoftext|>")
@@ -338,9 +346,66 @@ def test_more_prompts_than_fit_together(reader, monkeypatch):
     assert [len(samples) for samples in whole] == [2] * 7
 
 
+def test_a_prompt_is_continued_the_same_whatever_stands_beside_it(reader):
+    """In one batch or several; and as a single prompt always was, by PyTorch's generator of that seed."""
+    config = GenerationConfig(max_new_tokens=6, num_samples=2, seed=5)
+    alone = continue_texts(reader, ["Every effort"], config)
+    assert continue_texts(reader, ["Every effort", "Жук 🚀, " * 10, "a"], config)[:1] == alone
+    assert continue_texts(reader, ["Every effort", *map(str, range(40))], config)[:1] == alone
+    prompts = ["a", "b", "Every effort"]
+    together = continue_texts(reader, prompts, config)
+    for number, prompt in enumerate(prompts):
+        assert continue_texts(reader, [prompt], config, first=number) == [together[number]]
+    tokens = text_to_token_ids("Every effort")
+    options = {"num_samples": 2, "vocab_size": 50257, "end_token": 50256}
+    rows = generate(reader, tokens, 6, config, seeded(5), **options)[:, tokens.shape[1] :]
+    assert [sample.tokens for sample in alone[0]] == rows.tolist()
+
+
+def test_no_two_texts_share_their_noise(reader):
+    """Where all tokens are equally likely, what is drawn is the noise alone."""
+    level = GPT(reader.config)
+    with torch.no_grad():
+        level.head.weight.zero_()
+    config = GenerationConfig(max_new_tokens=8, num_samples=35, top_k=None)
+    found = continue_texts(level, ["a", "b", "c and d"], config)
+    found += continue_texts(level, ["a"], config, first=3)
+    found += continue_texts(level, ["a"], GenerationConfig(max_new_tokens=8, num_samples=35, top_k=None, seed=124))
+    texts = [tuple(sample.tokens) for samples in found for sample in samples]
+    assert len(set(texts)) == len(texts) == 5 * 35
+
+
+def test_any_number_of_samples_takes_no_more_memory(reader, monkeypatch):
+    read, states = set(), reader.hidden_states
+    monkeypatch.setattr(
+        reader, "hidden_states", lambda tokens, cache: read.add(len(tokens)) or states(tokens, cache), raising=True
+    )
+    (samples,) = continue_texts(reader, ["So"], GenerationConfig(max_new_tokens=2, num_samples=70))
+    assert read == {1, 32, 6}
+    assert len(samples) == 70
+    assert len({tuple(sample.tokens) for sample in samples}) > 32
+
+
+@pytest.mark.parametrize("way", [{}, {"temperature": 0}, {"temperature": 0, "num_beams": 3}, {"num_samples": 2}])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_logits_that_are_not_finite_are_told(reader, way, value):
+    """From the first token, and from a later one, past the text that it was preceded by."""
+    broken, said = GPT(reader.config), []
+    broken.load_state_dict(reader.state_dict())
+    with torch.no_grad():
+        broken.pos_emb.weight[3] = value
+    for prompt, tokens in ("a b c d e f g", 0), ("a", 3):
+        said.clear()
+        with pytest.raises(ValueError, match=r"logits are not finite, .*: weights=") as error:
+            continue_texts(broken, [prompt], GenerationConfig(**way), on_text=said.append)
+        assert "\n" not in str(error.value)
+        if way.get("num_beams", 1) == 1:
+            assert len(said) == tokens
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_stop_strings_end_the_text_before_them(reader, beams):
-    config = GenerationConfig(max_new_tokens=20, num_beams=beams)
+    config = GenerationConfig(temperature=0, max_new_tokens=20, num_beams=beams)
     ((whole,),) = continue_texts(reader, ["So"], config)
     stop = whole.text[9:14]
     ((stopped,),) = continue_texts(reader, ["So"], config, stop=["never there", stop])
@@ -359,7 +424,7 @@ def test_pieces_of_a_single_text_arrive_as_they_become_certain(reader):
 
 
 def test_beams_come_with_scores_best_first(reader):
-    config = GenerationConfig(max_new_tokens=6, num_beams=4, num_samples=3)
+    config = GenerationConfig(temperature=0, max_new_tokens=6, num_beams=4, num_samples=3)
     (found,) = continue_texts(reader, ["So"], config)
     scores = [one.score for one in found]
     assert len(set(scores)) == 3

@@ -6,9 +6,10 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -21,12 +22,13 @@ from src.interop.book import write_book
 from src.interop.bundle import MAGIC, read_bundle
 from src.interop.huggingface import write_huggingface
 from src.interop.locate import HUB, locate
-from src.interop.names import from_ours, shapes, their_names
+from src.interop.names import CONV1D, from_ours, shapes, their_names
 from src.interop.tokenizer_files import merges_of
 from src.interop.weights import build, load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import gpt2_tokenizer
+from src.training.sealed import write_atomically
 
 CONFIGS = [
     GPTConfig(61, 16, 24, 3, 2, qkv_bias=True, tie_weights=True),
@@ -398,6 +400,8 @@ def broken(folder, what: str) -> None:
     elif what == "unexpected":
         save_file({**tensors, "score.weight": torch.zeros(2, 24)}, file)
     elif what == "layers":
+        config["n_layer"] = 9999
+    elif what == "more layers":
         config["n_layer"] = 10**9
     elif what == "heads":
         config["n_head"] = 7
@@ -416,7 +420,7 @@ def broken(folder, what: str) -> None:
         part = "../secret.safetensors" if what == "outside" else "model-00002-of-00002.safetensors"
         weight_map = {**dict.fromkeys(tensors, "model-00001-of-00002.safetensors"), "more": part}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    if what in ("layers", "heads", "type", "other model", "activation"):
+    if what in ("layers", "more layers", "heads", "type", "other model", "activation"):
         (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -429,11 +433,12 @@ BROKEN = {
     "integers": "ln_f.bias is (24,) int64",
     "missing": "it lacks h.1.ln_1.weight, h.1.ln_1.bias",
     "unexpected": "score.weight, which no model of this config has",
-    "layers": "too few for a model of 1000000000 layers",
+    "layers": "too few for a model of 9999 layers",
+    "more layers": "n_layers=1000000000 must lie between 1 and 10,000",
     "heads": "n_heads",
-    "type": "n_heads=three is not of type int",
-    "other model": "a llama, not of a gpt2",
-    "activation": "activation_function=relu",
+    "type": "n_heads='three' is not of type int",
+    "other model": "model_type='llama', this model is a gpt2",
+    "activation": "activation_function='relu'",
     "no json": "config.json is no JSON",
     "a list": "config.json holds no JSON object",
     "shard": "it lacks model-00002-of-00002.safetensors",
@@ -538,6 +543,7 @@ def test_a_run_folder_gives_its_best_or_else_its_newest(tiny_run):
         assert torch.equal(load_weights(path).tok_emb.weight, weights["net.tok_emb.weight"])
     damaged = bytearray(best.read_bytes())
     damaged[len(damaged) // 2] ^= 1
+    best.unlink()  # it may be last.ckpt by another name
     best.write_bytes(damaged)
     assert torch.equal(load_weights(run.folder).tok_emb.weight, run.module.net.tok_emb.weight)
     for file in run.folder.glob("checkpoints/*"):
@@ -586,6 +592,8 @@ def test_the_file_that_is_named_is_the_file_that_is_read(tmp_path):
             assert torch.equal(load_weights(tmp_path / file).pos_emb.weight, net.pos_emb.weight), file
 
 
+EVIL = "\x1b[31m\r\nerror: \u202e\x9b" + "x" * 10**5
+
 BOMBS = {
     "expanded": lambda net: {**net, "pos_emb.weight": torch.zeros(1).expand(10**9, 24)},
     "a list": lambda net: [1, 2],
@@ -594,7 +602,16 @@ BOMBS = {
     "a number for a name": lambda net: {**net, 5: torch.zeros(3)},
     "sparse": lambda net: {**net, "pos_emb.weight": torch.zeros(16, 24).to_sparse()},
     "infinite": lambda net: {**net, "pos_emb.weight": torch.full((16, 24), torch.inf)},
-    "escapes": lambda net: {**net, "evil\nerror: \x1b[31m": torch.zeros(3)},
+    "escapes": lambda net: {**net, EVIL: torch.zeros(3)},
+    "float8": lambda net: {**net, "pos_emb.weight": torch.zeros(16, 24).to(torch.float8_e4m3fn)},
+    "complex": lambda net: {**net, "pos_emb.weight": torch.zeros(16, 24, dtype=torch.complex64)},
+    "nested": lambda net: {**net, "pos_emb.weight": torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)])},
+    "beyond float32": lambda net: {**net, "pos_emb.weight": torch.full((16, 24), 1e300, dtype=torch.float64)},
+    "strides of 0": lambda net: {**net, "pos_emb.weight": torch.zeros(16 * 24)[:24].expand(16, 24)},
+    "one row for all": lambda net: (
+        {**net, "pos_emb.weight": torch.zeros(16 * 24).as_strided((16, 24), (1, 1))}
+        | {name: torch.zeros(10**4).as_strided((100, 100, 100), (1, 1, 1)) for name in map(str, range(9))}
+    ),
 }
 
 
@@ -617,8 +634,98 @@ def test_strange_files_are_told_in_one_line(tmp_path, what, form):
     torch.save(content, file)
     with pytest.raises(ValueError, match=r"^weights=") as error:
         load_weights(tmp_path)
-    assert "\n" not in str(error.value)
-    assert "\x1b" not in str(error.value)
+    assert_fit_for_a_terminal(error.value)
+
+
+def assert_fit_for_a_terminal(error: ValueError) -> None:
+    assert str(error).isprintable()  # in one line, without escape sequences
+    assert len(str(error)) < 1000
+    assert str(error).endswith((": weights=<another file or folder>", "/checkpoints/last.ckpt"))
+
+
+@pytest.mark.parametrize("form", ["huggingface", "book", "ours"])
+def test_layers_that_share_their_memory_do_not_unfold(tmp_path, form):
+    config = GPTConfig(61, 16, 24, 3, 300, qkv_bias=True, tie_weights=True)
+    tied = random_net(replace(config, n_layers=1))
+    weights = tied.state_dict()
+    for name in [name for name in weights if name.startswith("blocks.0.")]:
+        weights |= {name.replace(".0.", f".{layer}."): weights[name] for layer in range(300)}
+    if form == "ours":
+        file, content = tmp_path / "weights.pt", {"config": asdict(config), "state_dict": weights}
+    elif form == "book":
+        file, content = tmp_path / "model.pth", {}
+        for name, tensor in weights.items():
+            names = their_names(name, "book")
+            content |= dict(zip(names, tensor.chunk(len(names)), strict=True))
+    else:
+        write_huggingface(tmp_path, config, weights, None)
+        (tmp_path / "model.safetensors").unlink()
+        file = tmp_path / "pytorch_model.bin"
+        content = {their_names(n, form)[0]: t.t() if n.endswith(CONV1D) else t for n, t in weights.items()}
+    write_atomically(content, file)
+    assert file.stat().st_size < 1e6
+    with pytest.raises(ValueError, match=r"its tensors claim 8,\d*,\d* bytes, the file holds \d\d,\d*:") as error:
+        load_weights(file)
+    assert_fit_for_a_terminal(error.value)
+
+
+NAMES = {
+    "config.json": ("n_embd", "n_head", "n_layer", "vocab_size", "n_positions", "resid_pdrop", "tie_word_embeddings",
+                    "model_type", "activation_function", "layer_norm_epsilon", "n_inner", "gpt2_lightning"),
+    "hparams.json": ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"),
+    "model.json": ("n_heads", "drop_rate"),
+    "model.safetensors.index.json": ("weight_map",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "key"), [(file, key) for file, keys in NAMES.items() for key in keys])
+def test_what_a_file_says_does_not_reach_the_terminal_as_it_is(tmp_path, file, key):
+    net = random_net(CONFIGS[0]).requires_grad_(False)
+    if file == "hparams.json":
+        bundle(openai_tensors(net), tmp_path / "model.ckpt")
+        write_hparams(tmp_path, net.config)
+    elif file == "model.json":
+        write_book(tmp_path, net.config, net.state_dict())
+    else:
+        write_huggingface(tmp_path, net.config, net.state_dict(), None)
+    content = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    for value in EVIL, [EVIL], {EVIL: EVIL}, 10**4000:
+        wrong = {"init": value} if key == "gpt2_lightning" else value
+        (tmp_path / file).write_text(json.dumps({**content, key: wrong}))
+        with pytest.raises(ValueError, match=r"^weights=") as error:
+            load_weights(tmp_path)
+        assert_fit_for_a_terminal(error.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"])
+@pytest.mark.parametrize("value", [10**12, EVIL])
+def test_sizes_beyond_any_model_are_refused_at_once(tmp_path, key, value):
+    config = {**asdict(CONFIGS[0]), key: value}
+    write_atomically({"config": config, "state_dict": {}}, tmp_path / "weights.pt")
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=rf"model\.{key}=.* (must lie between 1 and|is not of type int)") as error:
+        load_weights(tmp_path)
+    assert time.perf_counter() - started < 1
+    assert_fit_for_a_terminal(error.value)
+
+
+@pytest.mark.parametrize("where", ["tensor", "metadata", "header", "openai"])
+def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(tmp_path, where):
+    net = random_net(CONFIGS[0]).requires_grad_(False)
+    if where == "openai":
+        bundle({**openai_tensors(net), "model/" + EVIL[:500]: np.zeros(3, np.float32)}, tmp_path / "model.ckpt")
+        write_hparams(tmp_path, net.config)
+    else:
+        write_huggingface(tmp_path, net.config, net.state_dict(), None)
+        tensors = load_file(tmp_path / "model.safetensors")
+        more = {} if where == "metadata" else {EVIL: torch.zeros(1)}
+        save_file({**tensors, **more}, tmp_path / "model.safetensors", metadata={EVIL: EVIL})
+    if where in ("metadata", "header"):  # no longer what it says that it is
+        file = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(file.replace(b'"F32"', b'"\x1b31"', 1))
+    with pytest.raises(ValueError, match=r"^weights=") as error:
+        load_weights(tmp_path)
+    assert_fit_for_a_terminal(error.value)
 
 
 def test_an_archive_that_unfolds_is_refused(tmp_path):
@@ -666,6 +773,14 @@ def test_an_index_of_nonsense(tmp_path, index):
     (tmp_path / "model.ckpt.index").write_bytes(index)
     write_hparams(tmp_path, CONFIGS[0])
     with pytest.raises(ValueError, match=r"^weights=.*(damaged|0 tensors)"):
+        load_weights(tmp_path)
+
+
+def test_a_config_of_endless_size_is_not_read(tmp_path):
+    write_huggingface(tmp_path, CONFIGS[0], random_net(CONFIGS[0]).state_dict(), None)
+    with (tmp_path / "config.json").open("r+b") as file:
+        file.truncate(10**12)  # sparse
+    with pytest.raises(ValueError, match=r"its config\.json is no JSON \(more than 17 MB\)"):
         load_weights(tmp_path)
 
 

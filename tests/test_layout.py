@@ -140,6 +140,7 @@ def test_files_can_be_read_in_one_sitting():
         "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
         "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
         "src/benchmark.py",  # three measurements, from the processes to the table
+        "src/generation/text.py",  # from prompts to texts: characters, stop strings, and whose draws are whose
         "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
         "src/training/sealed.py",  # writing, sealing, reading and distrusting one file
     }

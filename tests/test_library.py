@@ -4,6 +4,7 @@ import json
 
 import lightning.pytorch as L
 import pytest
+import torch
 from conftest import story_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -16,6 +17,7 @@ from src.callbacks.text_samples import TextSamples
 from src.callbacks.throughput import Throughput
 from src.data.datamodule import TextDataModule
 from src.data.windows import SlidingWindowDataset
+from src.interop.weights import load_weights
 from src.model.config import GPTConfig
 from src.tokenizer import encode
 from src.training.finite_guard import NonFiniteError
@@ -73,6 +75,9 @@ def test_own_trainer_and_data(trainer, tmp_path, loader, own):
     assert "So" in (tmp_path / "samples.md").read_text()
     loaded = PretrainingModule.load_from_checkpoint(tmp_path / "step=4.ckpt")
     assert loaded.net.config == MODEL
+    net = load_weights(tmp_path / "step=4.ckpt")  # which has no SHA-256
+    assert net.config == MODEL
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in loaded.net.cpu().state_dict().items())
     again = PretrainingModule(MODEL, {"learning_rate": 1e-3})
     resumed = trainer()
     resumed.fit(again, **data, ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)

@@ -184,12 +184,17 @@ def test_activations_computed_again_are_the_same_bits(tiny, drop_rate):
             {"n_heads": 5},
             r"model\.emb_dim=24 is not divisible by model\.n_heads=5: model\.n_heads=4 or model\.emb_dim=25",
         ),
-        ({"n_layers": 0}, r"model\.n_layers=0 must be at least 1"),
+        ({"n_layers": 0}, r"model\.n_layers=0 must lie between 1 and 10,000: model\.n_layers=12"),
+        ({"n_layers": 10**9}, r"model\.n_layers=1000000000 must lie between 1 and 10,000"),
+        ({"emb_dim": 10**12}, r"model\.emb_dim=1000000000000 must lie between"),
+        ({"n_heads": 10**12}, r"model\.n_heads=1000000000000 must lie between"),
+        ({"emb_dim": 99_991, "n_heads": 99_990}, r"model\.n_heads=1 or"),
         ({"drop_rate": 1.0}, r"model\.drop_rate=1\.0 must lie in \[0, 1\)"),
-        ({"init": "zeros"}, r"model\.init=zeros"),
+        ({"init": "zeros"}, r"model\.init='zeros' is"),
+        ({"init": "\x1b[31m\n" + "x" * 99}, r"^model\.init='\\x1b\[31m\\n\w*\.\.\.\w*' is"),
     ],
 )
-def test_impossible_shapes(tiny, changes, message):
+def test_impossible_shapes(tiny, changes, message):  # at once, however far it is to a divisor
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny, **changes)
 

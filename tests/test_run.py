@@ -108,6 +108,14 @@ def test_samples(finished):
     assert text.count("Every effort moves you") == 6  # greedy and sampled, before and after each step
 
 
+def test_no_two_prompts_share_their_noise(tiny_run):
+    """Of a level distribution, which is what a high temperature makes, the noise alone is drawn."""
+    level = ("temperature=1e6", "top_k=null", "prompts=[So,And]", "max_new_tokens=4")
+    run = tiny_run("trainer.max_steps=1", *(f"callbacks.text_samples.{setting}" for setting in level))
+    drawn = re.findall(r"\*\*temperature.*\*\*\n\n> (?:So|And)((?:.|\n>)*)\n", (run.folder / "samples.md").read_text())
+    assert len(drawn) == len({*drawn}) == 4  # two prompts, before and after the step
+
+
 def test_plots_are_pictures(finished):
     from matplotlib.image import imread
 

@@ -26,7 +26,7 @@ class TextSamples(Callback):
     after an evaluation where a tenth of the run has passed without.
 
     Written to the log, to ``samples.md`` in the trainer's root folder, and to TensorBoard as text. Draws come from a
-    generator of its own, seeded by ``seed`` and the step.
+    generator of its own, seeded by ``seed``, the step and the prompt's place in the list.
 
     Raises:
         ValueError: prompts that are no list of texts, or an impossible number.
@@ -113,7 +113,8 @@ class TextSamples(Callback):
         tokenizer = getattr(trainer.datamodule, "tokenizer", None) or gpt2_tokenizer()
         special_tokens = getattr(getattr(trainer.datamodule, "config", None), "special_tokens", "parse")
         tokens = text_to_token_ids(prompt, tokenizer, special_tokens).to(pl_module.device)
-        state = np.random.SeedSequence([self.seed, trainer.global_step]).generate_state(1, np.uint64)
+        place = [self.seed, trainer.global_step, self.prompts.index(prompt)]
+        state = np.random.SeedSequence(place).generate_state(1, np.uint64)
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
         drawn = ", ".join(
             f"{key.replace('_', '-')} {value:g}"

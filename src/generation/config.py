@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
+MOST_SAMPLES, MOST_BEAMS = 10_000, 256  # samples are drawn some at a time, beams are all held in memory
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationConfig(Sampling):
-    """:class:`Sampling`, and how many tokens, samples and beams. ``num_beams`` above 1 searches instead of drawing, and
-    then ``num_samples`` are the best hypotheses by sum of log-probabilities / length ** ``length_penalty``.
-    ``cuda_graph`` records the step of decoding on a GPU."""
+    """:class:`Sampling`, and how many tokens, samples and beams; the defaults are those of ``python -m src.generate``.
 
+    ``num_beams`` above 1 searches instead of drawing, with ``temperature=0``, and then ``num_samples`` are the best
+    hypotheses by sum of log-probabilities / length ** ``length_penalty``. ``cuda_graph`` records the step of decoding
+    on a GPU."""
+
+    temperature: float = 1.0
+    top_k: int | None = 25
     max_new_tokens: int = 50
     num_samples: int = 1
     num_beams: int = 1
@@ -58,9 +63,12 @@ class GenerationConfig(Sampling):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        for key, cure in ("max_new_tokens", 50), ("num_samples", 1), ("num_beams", 1):
-            if getattr(self, key) < 1:
-                found.append(f"{key}={getattr(self, key)} must be at least 1: {key}={cure}")
+        if self.max_new_tokens < 1:
+            found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1: max_new_tokens=50")
+        for key, most in ("num_samples", MOST_SAMPLES), ("num_beams", MOST_BEAMS):
+            value = getattr(self, key)
+            if not 1 <= value <= most:
+                found.append(f"{key}={value} must lie between 1 and {most:,}: {key}={min(max(value, 1), most)}")
         if not -100 <= self.length_penalty <= 100:
             found.append(f"length_penalty={self.length_penalty} must lie between -100 and 100: length_penalty=1.0")
         if not 0 <= self.seed < 2**63:

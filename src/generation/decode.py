@@ -1,6 +1,7 @@
 """The decoding loop: read the prompts once, then one token at a time from the cache."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,11 @@ class Context:
         self._cache = KVCache(net.config, len(tokens), weight.device, weight.dtype, padding)
 
     def next_logits(self) -> Tensor:
-        """Read what was not read yet; the logits ``(B, V)`` float32 of the tokens to come."""
+        """Read what was not read yet; the logits ``(B, V)`` float32 of the tokens to come.
+
+        Raises:
+            ValueError: the model makes infinities or NaN, among which there is no likeliest.
+        """
         window = self.net.config.context_length
         if self._cache.length + self._unread.shape[1] > window:
             left = max(self.tokens.shape[1] - window, 0)
@@ -61,6 +66,8 @@ class Context:
         else:
             last = self.net.hidden_states(self._unread, self._cache)[:, -1]  # (B, C)
         logits = self.net.head(last).float()  # (B, V)
+        if not all(map(math.isfinite, torch.stack(logits.aminmax()).tolist())):
+            raise ValueError("the model's logits are not finite, no token follows from them: weights=<other weights>")
         logits[:, self.vocab_size :] = float("-inf")
         return logits
 
@@ -110,7 +117,7 @@ def decode(
     tokens: Tensor,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     *,
     padding: Tensor | None = None,
     num_samples: int = 1,
@@ -123,11 +130,11 @@ def decode(
     at a time.
 
     A row ends with ``end_token``, or once ``stop`` of what it has got so far, ``(B, N)``, is true ``(B,)``; behind that
-    it holds ``end_token`` (or 0). The prompts are read once, whatever ``num_samples``. See :class:`Context` for
-    ``padding``, ``vocab_size`` and ``cuda_graph``.
+    it holds ``end_token`` (or 0). The prompts are read once, whatever ``num_samples``. There is one ``generator`` for
+    all rows, or one for each prompt. See :class:`Context` for ``padding``, ``vocab_size`` and ``cuda_graph``.
 
     Raises:
-        ValueError: an empty prompt, for which there is no next token.
+        ValueError: an empty prompt, for which there is no next token; logits that are not finite.
     """
     context = Context(net, tokens, padding, vocab_size, cuda_graph)
     ended = torch.zeros(len(tokens) * num_samples, dtype=torch.bool, device=tokens.device)
@@ -156,7 +163,7 @@ def generate(
     tokens: Tensor,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     **options,
 ) -> Tensor:
     """``tokens`` ``(P, T)`` and what :func:`decode` continues them by: ``(P * num_samples, T + N)`` int64, where N is

@@ -1,5 +1,7 @@
 """One step of decoding: from the logits of the last position to the next token."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,11 +48,12 @@ def penalise_repetition(logits: Tensor, penalty: float, seen: Tensor | None) -> 
 def next_token(
     logits: Tensor,
     sampling: Sampling | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row, ``(B, 1)`` int64, from its last logits ``(B, V)``: drawn with ``generator`` from what
-    :func:`filter_logits` leaves, or, at temperature 0, the likeliest."""
+    :func:`filter_logits` leaves, or, at temperature 0, the likeliest. Of several generators, each draws for an equal
+    share of the rows, in their order."""
     sampling = sampling or Sampling()
     temperatures = torch.as_tensor(sampling.temperature, device=logits.device)
     penalised = penalise_repetition(logits, sampling.repetition_penalty, seen)
@@ -58,5 +61,7 @@ def next_token(
     if not temperatures.any():
         return likeliest
     probabilities = filter_logits(logits, sampling, seen).softmax(dim=-1)
-    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator)  # (B, 1)
+    generators = generator if isinstance(generator, Sequence) else [generator]
+    shares = zip(probabilities.chunk(len(generators)), generators, strict=True)
+    drawn = torch.cat([torch.multinomial(share, num_samples=1, generator=one) for share, one in shares])  # (B, 1)
     return torch.where(temperatures == 0, likeliest, drawn)

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
@@ -77,26 +78,29 @@ def continue_texts(
     special_tokens: str = "parse",
     on_text: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    first: int = 0,
 ) -> list[list[Continuation]]:
-    """``config.num_samples`` continuations of each prompt, drawn from a generator of its own, or found by beam search.
+    """``config.num_samples`` continuations of each prompt, drawn, or found by beam search.
 
     Each ends with end-of-text, before the first of the ``stop`` strings, or after ``config.max_new_tokens``. An empty
     prompt stands for the beginning of a document, end-of-text. Of a single continuation ``on_text`` gets the text as it
     becomes certain; ``on_step`` gets each step of :func:`~src.generation.decode.decode`.
 
+    Each prompt draws from a generator of its own, made of ``config.seed`` and its number, counted from ``first``: what
+    it is continued by does not depend on the others.
+
     Raises:
-        ValueError: the model's vocabulary is smaller than the tokenizer's.
+        ValueError: the model's vocabulary is smaller than the tokenizer's; its logits are not finite.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
     check_vocabulary(net, tokenizer)
     device = net.tok_emb.weight.device
     rows = [text_to_token_ids(prompt, tokenizer, special_tokens).squeeze(0) for prompt in prompts]
     rows = [row if len(row) else torch.tensor([tokenizer.eot_token]) for row in rows]
-    generator = torch.Generator(device).manual_seed(config.seed)
     found: list[list[Continuation]] = []
     together = max(ROWS // max(config.num_samples, config.num_beams), 1)
-    for first in range(0, len(rows), together):
-        tokens, padding = pad_left([row.to(device) for row in rows[first : first + together]])
+    for begin in range(0, len(rows), together):
+        tokens, padding = pad_left([row.to(device) for row in rows[begin : begin + together]])
         options = {
             "padding": padding,
             "vocab_size": tokenizer.n_vocab,
@@ -109,19 +113,29 @@ def continue_texts(
                 best = hypotheses[: config.num_samples]
                 found.append([_continuation(h.tokens.tolist(), stop, tokenizer, h.score) for h in best])
             continue
-        steps, stream = [], TextStream(stop, tokenizer)
-        options |= {"num_samples": config.num_samples, "cuda_graph": config.cuda_graph}
-        for step in decode(net, tokens, config.max_new_tokens, config, generator, **options):
-            steps.append(step.tokens.cpu())
-            if on_step:
-                on_step(step)
+        generators = [_generator(config.seed, first + begin + number, device) for number in range(len(tokens))]
+        samples: list[list[Continuation]] = [[] for _ in tokens]
+        for left in range(config.num_samples, 0, -ROWS):
+            steps, stream = [], TextStream(stop, tokenizer)
+            options |= {"num_samples": min(left, ROWS), "cuda_graph": config.cuda_graph}
+            for step in decode(net, tokens, config.max_new_tokens, config, generators, **options):
+                steps.append(step.tokens.cpu())
+                if on_step:
+                    on_step(step)
+                if on_text:
+                    on_text(stream.push(step.tokens[0].item()))
             if on_text:
-                on_text(stream.push(step.tokens[0].item()))
-        if on_text:
-            on_text(stream.finish())
-        written = [_continuation(row, stop, tokenizer) for row in torch.cat(steps, dim=1).tolist()]
-        found += [written[at : at + config.num_samples] for at in range(0, len(written), config.num_samples)]
+                on_text(stream.finish())
+            for row, written in enumerate(torch.cat(steps, dim=1).tolist()):
+                samples[row // min(left, ROWS)].append(_continuation(written, stop, tokenizer))
+        found += samples
     return found
+
+
+def _generator(seed: int, prompt: int, device: torch.device) -> torch.Generator:
+    """Of the first prompt, 0, it is that of ``torch.manual_seed(seed)``."""
+    state = np.random.SeedSequence([seed, prompt]).generate_state(1, np.uint64)[0] if prompt else seed
+    return torch.Generator(device).manual_seed(int(state))
 
 
 def check_vocabulary(net: GPT, tokenizer: tiktoken.Encoding) -> None:

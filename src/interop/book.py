@@ -1,15 +1,16 @@
 """The book's own files: a state dict of its ``GPTModel``, or that and an optimizer's."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from src.interop.checks import Refuse, check_tensors
 from src.interop.locate import BOOK_FILE, read_json
-from src.interop.names import RefusedError, check_tensors, from_ours, to_ours
+from src.interop.names import from_ours, to_ours
 from src.model.config import GPTConfig
 
 CONFIG_FILE = "model.json"
@@ -21,9 +22,7 @@ def is_book(tensors: Mapping[str, Tensor]) -> bool:
     return "trf_blocks.0.norm1.scale" in tensors
 
 
-def read_book(
-    tensors: Mapping[str, Tensor], path: Path, refuse: Callable[[str], RefusedError]
-) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_book(tensors: Mapping[str, Tensor], path: Path, refuse: Refuse) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and weights, in our layout, of the book's state dict ``tensors`` from ``path``.
 
     Its shapes say everything but the number of heads, which comes from the ``GPT_CONFIG`` in ``model.json`` beside the

@@ -1,9 +1,11 @@
 """Hugging Face folders, read and written."""
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from src.interop.checks import Refuse, RefusedError, check_tensors
 from src.interop.locate import HUGGINGFACE_FILES, read_json
-from src.interop.names import RefusedError, check_tensors, from_ours, to_ours
+from src.interop.names import from_ours, listed, to_ours
 from src.model.config import GPTConfig
 from src.training.sealed import read_sealed
 
@@ -26,9 +29,7 @@ DEFAULTS = {  # of transformers' GPT2Config; and what of it this model computes
 }
 
 
-def read_huggingface(
-    folder: Path, refuse: Callable[[str], RefusedError], file: str | None = None
-) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_huggingface(folder: Path, refuse: Refuse, file: str | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and weights, in our layout, of a folder with ``config.json`` and safetensors or ``.bin``, sharded or not;
     ``file`` names one of several."""
     try:
@@ -90,12 +91,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(given: dict[str, Any], refuse: Callable[[str], RefusedError]) -> GPTConfig:
+def _config(given: dict[str, Any], refuse: Refuse) -> GPTConfig:
     if given.get("model_type", "gpt2") != "gpt2":
-        raise refuse(f"its config.json is that of a {given['model_type']}, not of a gpt2")
+        raise refuse(f"its config.json has model_type={shown(given['model_type'])}, this model is a gpt2")
     for key, (default, computed) in DEFAULTS.items():
         if given.get(key, default) not in computed:
-            raise refuse(f"its config.json has {key}={given[key]}, this model computes {computed[0]}")
+            raise refuse(f"its config.json has {key}={shown(given[key])}, this model computes {computed[0]}")
     own = given.get(OWN_KEY, {})
     config = GPTConfig(
         vocab_size=given.get("vocab_size", 50257),
@@ -109,11 +110,11 @@ def _config(given: dict[str, Any], refuse: Callable[[str], RefusedError]) -> GPT
         init=own.get("init", "gpt2"),
     )
     if given.get("n_inner") not in (None, 4 * config.emb_dim):
-        raise refuse(f"its config.json has n_inner={given['n_inner']}, this model has {4 * config.emb_dim}")
+        raise refuse(f"its config.json has n_inner={shown(given['n_inner'])}, this model has {4 * config.emb_dim}")
     return config
 
 
-def _tensors(folder: Path, file: str | None, refuse: Callable[[str], RefusedError]) -> dict[str, Tensor]:
+def _tensors(folder: Path, file: str | None, refuse: Refuse) -> dict[str, Tensor]:
     """Everything in the ``file``, or in the shards that it is the index of, by names without a prefix."""
     file = file or next(name for name in HUGGINGFACE_FILES if (folder / name).is_file())
     files = [file]
@@ -123,9 +124,9 @@ def _tensors(folder: Path, file: str | None, refuse: Callable[[str], RefusedErro
         except (ValueError, KeyError, AttributeError) as error:
             raise refuse(_reason(error)) from None
         if outside := [part for part in files if Path(part).name != part]:
-            raise refuse(f"its {file} names {outside[0]}, which is not in the folder")
-        if missing := [part for part in files if not (folder / part).is_file()]:
-            raise refuse(f"it lacks {', '.join(missing)}")
+            raise refuse(f"its {file} names {shown(outside[0])}, which is not in the folder")
+        if missing := [part for part in files if not os.path.isfile(folder / part)]:
+            raise refuse(f"it lacks {listed(missing)}")
     tensors: dict[str, Tensor] = {}
     for part in files:
         found = _read_tensors(folder / part, refuse)
@@ -133,12 +134,12 @@ def _tensors(folder: Path, file: str | None, refuse: Callable[[str], RefusedErro
         for name, tensor in found.items():
             name = name.removeprefix("transformer.")
             if name in tensors:
-                raise refuse(f"it has {name} twice")
+                raise refuse(f"it has {listed([name])} twice")
             tensors[name] = tensor
     return tensors
 
 
-def _read_tensors(path: Path, refuse: Callable[[str], RefusedError]) -> Any:
+def _read_tensors(path: Path, refuse: Refuse) -> Any:
     if path.suffix != ".safetensors":
         return read_sealed(path, "weights")
     try:
@@ -147,8 +148,7 @@ def _read_tensors(path: Path, refuse: Callable[[str], RefusedError]) -> Any:
     except OSError as error:
         raise refuse(f"{path.name} cannot be read ({error.strerror})") from None
     except SafetensorError as error:
-        reason = str(error)[:100].encode("unicode_escape").decode()
-        raise refuse(f"{path.name} is damaged ({reason})") from None
+        raise refuse(f"{path.name} is damaged ({str(error)[:100]})") from None
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ HUB = {
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
 }
 WEIGHTS_FILE, BOOK_FILE = "weights.pt", "model.pth"
+LARGEST_JSON = 2**24  # bytes; the index of a thousand shards has a few MB
 HUGGINGFACE_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -86,6 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no {path.name}")
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON / 1e6:.0f} MB")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"its {path.name} cannot be read ({error.strerror})") from None

@@ -1,22 +1,45 @@
 """What the Hugging Face hub shows of a model."""
 
 import json
+import math
 from typing import Any
 
+from src.interop.names import shapes
 from src.model.config import GPTConfig
-
-SHOWN = ("command", "parameters", "optimizer_steps", "tokens_seen", "train_loss", "val_loss", "val_perplexity",
-         "data_sha256", "precision", "device", "seconds", "git")  # fmt: skip
+from src.training.sealed import printable
 
 
-def model_card(config: GPTConfig, record: dict[str, Any], name: str) -> str:
-    """A model card in the hub's form: what the model is, how it came about, how to use it."""
+def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], name: str) -> str:
+    """A model card in the hub's form: what the model is, how it came about, how to use it.
+
+    ``run`` is what the checkpoint says of itself, its step, tokens and losses; ``record`` is the ``run.json`` of the
+    run that wrote it, which may have gone on since.
+    """
+    V, T, C = config.vocab_size, config.context_length, config.emb_dim
+    tied = "head.weight" if config.tie_weights else None
     shape = {
-        "vocabulary": f"{config.vocab_size:,} tokens",
-        "context": f"{config.context_length:,} tokens",
-        "width, heads, layers": f"{config.emb_dim}, {config.n_heads}, {config.n_layers}",
+        "parameters": f"{sum(math.prod(shape) for name, shape in shapes(config).items() if name != tied):,}",
+        "vocabulary": f"{V:,} tokens",
+        "context": f"{T:,} tokens",
+        "width, heads, layers": f"{C}, {config.n_heads}, {config.n_layers}",
         "bias in query, key, value": "yes" if config.qkv_bias else "no (zeros in the file)",
         "head tied to the embedding": "yes" if config.tie_weights else "no",
+    }
+    given = run.get("metrics"), record.get("versions")
+    metrics, versions = (value if isinstance(value, dict) else {} for value in given)
+    val_loss = metrics.get("val/loss")
+    trained = {
+        "command": record.get("command"),
+        "optimizer steps": run.get("step"),
+        "tokens seen": run.get("tokens_seen"),
+        "train loss": metrics.get("train/eval_loss"),
+        "val loss": val_loss,
+        "val perplexity": math.exp(min(val_loss, 700)) if isinstance(val_loss, float) else None,
+        "data sha256": run.get("data_sha256"),
+        "precision": run.get("precision"),
+        "device": record.get("device"),
+        "git": record.get("git"),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
     }
     lines = [
         "---",
@@ -31,13 +54,10 @@ def model_card(config: GPTConfig, record: dict[str, Any], name: str) -> str:
     ]
     lines += ["A GPT-2 language model, exported by gpt2-lightning.", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in shape.items()]
-    if record:
+    if run or record:
         lines += ["", "## How it was trained", "", "| | |", "|---|---|"]
-        lines += [f"| {key.replace('_', ' ')} | `{record[key]}` |" for key in SHOWN if record.get(key) is not None]
-        versions = record.get("versions")
-        versions = versions.items() if isinstance(versions, dict) else ()
-        versions = ", ".join(f"{package} {version}" for package, version in versions)
-        lines += [f"| versions | {versions} |", "", "```json", json.dumps(record.get("config", {}), indent=2), "```"]
+        lines += [f"| {key} | `{printable(value)}` |" for key, value in trained.items() if value not in (None, "")]
+        lines += ["", "```json", json.dumps(record.get("config", {}), indent=2), "```"]
     lines += [
         "",
         "## How to use it",

@@ -1,11 +1,11 @@
 """The one table of tensor names, and what each layout does to a tensor."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from src.interop.checks import BUFFERS, Refuse, check_tensors
 from src.model.config import GPTConfig
 
 LAYOUTS = ("ours", "huggingface", "openai", "book")
@@ -34,12 +34,7 @@ TABLE = (
     ("head.weight", "lm_head.weight", None, "out_head.weight"),
 )  # fmt: skip
 CONV1D = ("qkv.weight", "out_proj.weight", "up_proj.weight", "down_proj.weight")  # (in, out) at OpenAI and Hugging Face
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".att.mask")  # masks that some files carry along
 SHOWN = 5  # names in a message
-
-
-class RefusedError(ValueError):
-    """Weights that are none, in one line with the cure."""
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -80,9 +75,7 @@ def their_names(name: str, layout: str) -> list[str]:
     return [theirs.replace("*", part) for part in ("query", "key", "value")] if "*" in theirs else [theirs]
 
 
-def to_ours(
-    tensors: Mapping[str, Tensor], config: GPTConfig, layout: str, refuse: Callable[[str], RefusedError]
-) -> dict[str, Tensor]:
+def to_ours(tensors: Mapping[str, Tensor], config: GPTConfig, layout: str, refuse: Refuse) -> dict[str, Tensor]:
     """``tensors`` of a file in ``layout`` as a state dict of ours, float32; a tied head is the token embedding.
 
     ``refuse`` makes an error of a reason: tensors that are missing, or more than the model has, or of another shape, or
@@ -108,9 +101,9 @@ def to_ours(
             continue
         found[name] = _whole([tensors.pop(one) for one in theirs], name, shape, layout, theirs, refuse)
     if missing:
-        raise refuse(f"it lacks {_listed(missing)}" + (f", and has {_listed(list(tensors))}" if tensors else ""))
+        raise refuse(f"it lacks {listed(missing)}" + (f", and has {listed(list(tensors))}" if tensors else ""))
     if tensors:
-        raise refuse(f"it has {_listed(list(tensors))}, which no model of this config has")
+        raise refuse(f"it has {listed(list(tensors))}, which no model of this config has")
     return found
 
 
@@ -126,19 +119,8 @@ def from_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     return found
 
 
-def check_tensors(tensors: Any, refuse: Callable[[str], RefusedError]) -> None:
-    """Whether ``tensors`` are names and dense tensors in memory, none larger than what the file held of it."""
-    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
-        raise refuse("it holds no tensors by name")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise refuse(f"{_listed([name])} is no dense tensor")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise refuse(f"{_listed([name])} claims {tensor.nbytes:,} bytes, the file has fewer")
-
-
 def _whole(
-    parts: list[Tensor], name: str, shape: tuple[int, ...], layout: str, theirs: list[str], refuse: Callable
+    parts: list[Tensor], name: str, shape: tuple[int, ...], layout: str, theirs: list[str], refuse: Refuse
 ) -> Tensor:
     rows = (shape[0] // len(parts), *shape[1:])  # the book's query, key and value are thirds
     conv1d = layout in ("huggingface", "openai") and name.endswith(CONV1D)
@@ -148,13 +130,14 @@ def _whole(
     for one, part in zip(theirs, parts, strict=True):
         if tuple(part.shape) != stored or not part.is_floating_point():
             raise refuse(f"{one} is {tuple(part.shape)} {str(part.dtype)[6:]}, the model has {stored}")
+    parts = [part.float() for part in parts]
+    for one, part in zip(theirs, parts, strict=True):
         if not torch.nn.utils.get_total_norm([part], float("inf")).isfinite():
             raise refuse(f"{one} holds infinities or NaN")
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (whole.t() if conv1d else whole).float()
+    return whole.t() if conv1d else whole
 
 
-def _listed(names: list[str]) -> str:
-    """The first of ``names``, as a terminal can show them."""
+def listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(name[:100].encode("unicode_escape").decode() for name in names[:SHOWN]) + more
+    return ", ".join(name[:100] for name in names[:SHOWN]) + more

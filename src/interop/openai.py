@@ -1,24 +1,24 @@
 """OpenAI's GPT-2 as it was published: a TensorFlow checkpoint and ``hparams.json``."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from src.interop.bundle import read_bundle
+from src.interop.checks import Refuse
 from src.interop.locate import read_json
-from src.interop.names import RefusedError, to_ours
+from src.interop.names import listed, to_ours
 from src.model.config import GPTConfig
 
 
-def read_openai(path: Path, refuse: Callable[[str], RefusedError]) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_openai(path: Path, refuse: Refuse) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and weights, in our layout, of a checkpoint with ``hparams.json`` beside it; ``path`` is the checkpoint's
     prefix, or the folder of one."""
     prefix = path
     if path.is_dir():
         indices = sorted(path.glob("*.index"))
         if len(indices) != 1:
-            raise refuse(f"it has {len(indices)} checkpoints, name one of {', '.join(index.stem for index in indices)}")
+            raise refuse(f"it has {len(indices)} checkpoints, name one of {listed([i.stem for i in indices])}")
         prefix = indices[0].with_suffix("")
     try:
         numbers = read_json(prefix.parent / "hparams.json")
@@ -38,6 +38,5 @@ def read_openai(path: Path, refuse: Callable[[str], RefusedError]) -> tuple[GPTC
     except OSError as error:
         raise refuse(f"its checkpoint lacks {Path(error.filename or prefix).name} ({error.strerror})") from None
     except (ValueError, IndexError, TypeError, OverflowError, RuntimeError) as error:
-        reason = str(error)[:100].encode("unicode_escape").decode()
-        raise refuse(f"its checkpoint {prefix.name} is damaged ({reason})") from None
+        raise refuse(f"its checkpoint {prefix.name} is damaged ({str(error)[:100]})") from None
     return config, to_ours(tensors, config, "openai", refuse)

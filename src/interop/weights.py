@@ -1,7 +1,6 @@
 """``weights=``: a model out of whatever holds one; and into a file of our own."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,16 @@ import torch
 from torch import Tensor
 
 from src.interop.book import is_book, read_book
+from src.interop.checks import Refuse, RefusedError, refusal
 from src.interop.hub import fetch
 from src.interop.huggingface import read_huggingface
 from src.interop.locate import locate
-from src.interop.names import RefusedError, to_ours
+from src.interop.names import to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.checkpoint import newest_good_checkpoint
-from src.training.sealed import DamagedError, read_sealed, write_atomically
+from src.training.sealed import DamagedError, printable, read_sealed, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,7 @@ def read_weights_and_run(
 ) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any]]:
     """What :func:`read_weights` reads, and what a run's checkpoint says of its run: ``step``, ``tokens_seen``,
     ``precision``, ``metrics``, ``data``, ``eval_windows``, ``data_sha256``; nothing where the weights are no run's."""
-
-    def refuse(reason: str) -> ValueError:
-        return RefusedError(f"{key}={weights}: {reason}: {key}=<another file or folder>")
-
+    refuse = refusal(weights, key)
     kind, path = locate(str(weights), key)
     if kind == "hub":
         kind, path = "huggingface", fetch(path.name, key)
@@ -58,13 +55,15 @@ def read_weights_and_run(
             return *read_openai(path, refuse), {}
         if path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"):
             return *read_huggingface(path.parent, refuse, path.name), {}
-        content = read_sealed(path, key)
+        content = read_sealed(path, key, unsealed=True)
         return *_of_content(content, path, refuse), _run_of(content)
     except ValueError as error:
         if isinstance(error, RefusedError) or str(error).startswith(f"{key}="):
             raise
         reasons = [line.split(": model.")[0] for line in str(error).splitlines()]
         raise refuse("; ".join(reasons)) from None  # numbers that no model can have
+    except (RuntimeError, TypeError) as error:  # what PyTorch makes of a tensor that is unlike any of a model
+        raise refuse(f"it cannot be read ({str(error)[:100]})") from None
 
 
 def load_weights(
@@ -98,13 +97,13 @@ def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
     best = checkpoints / "best.ckpt"
     if best.is_file():
         try:
-            return best, read_sealed(best, key)
+            return best, read_sealed(best, key, unsealed=True)
         except DamagedError as error:
             log.warning("%s", str(error).split(f": {key}=")[0])
-    found = newest_good_checkpoint(checkpoints)
+    found = newest_good_checkpoint(checkpoints, unsealed=True)
     if found is None:
         raise ValueError(f"{key}={folder} has no checkpoint that can be read: {key}=<another run folder>")
-    log.info("taking %s", found[0])
+    log.info("taking %s", printable(found[0]))
     return found
 
 
@@ -114,7 +113,7 @@ def _run_of(content: Any) -> dict[str, Any]:
     return {**run, "data_sha256": sha256} if isinstance(run, dict) else {}
 
 
-def _of_content(content: Any, path: Path, refuse: Callable[[str], Exception]) -> tuple[GPTConfig, dict[str, Tensor]]:
+def _of_content(content: Any, path: Path, refuse: Refuse) -> tuple[GPTConfig, dict[str, Tensor]]:
     try:
         if "hyper_parameters" in content:
             config = GPTConfig(**content["hyper_parameters"]["model"])

@@ -1,6 +1,16 @@
 """The shape of a GPT-2-family model, as numbers."""
 
 from dataclasses import dataclass, fields
+from reprlib import repr as shown
+
+# Beyond every model that was ever trained, and few enough for a search through them to take no time.
+LARGEST = {
+    "vocab_size": 10_000_000,
+    "context_length": 10_000_000,
+    "emb_dim": 100_000,
+    "n_heads": 100_000,
+    "n_layers": 10_000,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class GPTConfig:
     def problems(self) -> list[str]:
         """Every reason why no model can have these numbers, one line each, with the override that mends it."""
         wrong = [
-            f"model.{field.name}={getattr(self, field.name)} is not of type {field.type.__name__}: "
+            f"model.{field.name}={shown(getattr(self, field.name))} is not of type {field.type.__name__}: "
             f"model.{field.name}={field.default}"
             for field in fields(self)
             if type(getattr(self, field.name)) not in ((int, float) if field.type is float else (field.type,))
@@ -37,9 +47,10 @@ class GPTConfig:
         if wrong:
             return wrong
         found = [
-            f"model.{key}={getattr(self, key)} must be at least 1: model.{key}={default}"
-            for key, default in dict(vocab_size=50257, context_length=256, emb_dim=768, n_heads=12, n_layers=12).items()
-            if getattr(self, key) < 1
+            f"model.{field.name}={shown(getattr(self, field.name))} must lie between 1 and {LARGEST[field.name]:,}: "
+            f"model.{field.name}={field.default}"
+            for field in fields(self)
+            if field.name in LARGEST and not 1 <= getattr(self, field.name) <= LARGEST[field.name]
         ]
         if not found and self.emb_dim % self.n_heads:
             fits = max(h for h in range(1, min(self.n_heads, self.emb_dim) + 1) if self.emb_dim % h == 0)
@@ -49,7 +60,7 @@ class GPTConfig:
                 f"model.n_heads={fits} or model.emb_dim={nearest}"
             )
         if not 0 <= self.drop_rate < 1:
-            found.append(f"model.drop_rate={self.drop_rate} must lie in [0, 1): model.drop_rate=0.1")
+            found.append(f"model.drop_rate={shown(self.drop_rate)} must lie in [0, 1): model.drop_rate=0.1")
         if self.init not in ("gpt2", "torch"):
-            found.append(f"model.init={self.init} is neither gpt2 nor torch: model.init=gpt2")
+            found.append(f"model.init={shown(self.init)} is neither gpt2 nor torch: model.init=gpt2")
         return found

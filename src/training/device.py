@@ -91,3 +91,9 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 2**20)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine or of an accelerator, for which PyTorch has several errors."""
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "allocate memory" in str(error)

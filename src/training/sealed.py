@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import pickletools
 import re
@@ -19,6 +20,10 @@ from torch.utils.serialization import config
 SEAL = b"sha256:"  # 64 hexadecimal digits follow; together the comment of the zip archive that torch.save writes
 SEAL_BYTES = len(SEAL) + 64
 LARGEST_PICKLE = 2**24  # bytes that are searched for the names of functions
+MOST_NAMED = 5  # of these in a message
+
+
+log = logging.getLogger(__name__)
 
 
 class DamagedError(ValueError):
@@ -106,37 +111,45 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_sealed(path: Path, key: str) -> Any:
+def read_sealed(path: Path, key: str, unsealed: bool = False) -> Any:
     """What :func:`write_atomically` wrote to ``path``, its tensors mapped from the file, once its SHA-256 is verified.
 
-    ``key`` is the override that named the file, for the messages.
+    ``key`` is the override that named the file, for the messages. ``unsealed`` also takes, with a warning, the
+    checkpoint of a Trainer that writes no SHA-256.
 
     Raises:
         DamagedError: the content is not what was written, or nothing that safe loading can read.
         ValueError: no such file, or one that wants to execute code.
     """
-    cure = f"{key}=<run folder>/checkpoints/last.ckpt"
+    named, cure = f"{key}={printable(path)}", f"{key}=<run folder>/checkpoints/last.ckpt"
     try:
+        if path.exists() and not path.is_file():
+            raise DamagedError("it is no regular file")  # to wait for a pipe would be to wait for ever
         sealed = _is_sealed(path)
         if not sealed:
             _check_size(path)
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles, which are refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=sealed)
     except FileNotFoundError:
-        raise ValueError(f"{key}={path} does not exist: {cure}") from None
+        raise ValueError(f"{named} does not exist: {cure}") from None
     except DamagedError as damage:
-        raise DamagedError(f"{key}={path} is damaged, {damage}: {cure}") from None
+        raise DamagedError(f"{named} is damaged, {damage}: {cure}") from None
     except Exception as error:  # whatever torch.load raises on a file that it cannot read
         if code := _code_in(path):
-            raise ValueError(f"{key}={path} is refused, it wants to execute {', '.join(code)}: {cure}") from None
+            raise ValueError(f"{named} is refused, it wants to execute {', '.join(code)}: {cure}") from None
         if isinstance(error, OSError):
-            raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {cure}") from None
-        raise DamagedError(
-            f"{key}={path} is damaged, or nothing that PyTorch's safe loading can read: {cure}"
-        ) from None
+            raise ValueError(f"{named} cannot be read ({error.strerror}): {cure}") from None
+        raise DamagedError(f"{named} is damaged, or nothing that PyTorch's safe loading can read: {cure}") from None
     if isinstance(content, dict) and "state_dict" in content and not sealed:
-        raise DamagedError(f"{key}={path} is damaged, or not of this project, it has no SHA-256: {cure}")
+        if not unsealed:
+            raise DamagedError(f"{named} is damaged, or not of this project, it has no SHA-256: {cure}")
+        log.warning("%s was written without a SHA-256: damage to it would go unnoticed", printable(path))
     return content
+
+
+def printable(text: object) -> str:
+    """``text``, which may be a stranger's, in one line that a terminal shows as it is."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(text))
 
 
 def _check_size(path: Path) -> None:
@@ -173,7 +186,7 @@ def _code_in(path: Path) -> list[str]:
     except Exception:  # what follows is no pickle, or one that is broken
         pass
     harmless = re.compile(r"torch\.(_utils\._rebuild|\w+Storage$|\w+\d+$)|collections\.OrderedDict$|_codecs\.encode$")
-    return [name.encode("unicode_escape").decode() for name in dict.fromkeys(found) if not harmless.match(name)]
+    return [printable(name[:100]) for name in dict.fromkeys(found) if not harmless.match(name)][:MOST_NAMED]
 
 
 def _is_sealed(path: Path) -> bool:
@@ -184,6 +197,9 @@ def _is_sealed(path: Path) -> bool:
         file.seek(-SEAL_BYTES, os.SEEK_END)
         seal = file.read()
         if not seal.startswith(SEAL):
+            file.seek(0)
+            if file.read(4) == b"PK\3\4" and not (seal[-22:].startswith(b"PK\5\6") and seal.endswith(b"\0\0")):
+                raise DamagedError("it does not end where torch.save ends")
             return False
         file.seek(0)
         digest = hashlib.sha256()
