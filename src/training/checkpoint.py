@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from src.training.sealed import DamagedError, link, read_sealed
+from src.training.sealed import DamagedError, link, printable, read_sealed
 
 log = logging.getLogger(__name__)
 
