@@ -64,14 +64,18 @@ def test_main_job_learns_the_story(tmp_path):
 def test_book(tmp_path):
     if verdict() is None:
         pytest.skip("The Verdict is neither beside this checkout nor to be fetched")
-    output, record, rows = train(tmp_path, "experiment=book", f"data.path={verdict()}")
+    book = ("experiment=book", f"data.path={verdict()}")
+    (tmp_path / "whole").mkdir()  # before training the book evaluates all 9 batches, then 5
+    output, record, rows = train(tmp_path / "whole", *book, "eval.batches=9", "trainer.max_steps=1")
     assert "18 windows in 9 batches" in output
-    assert "2 windows in 1 batches" in output
+    assert "of all 2 val windows (512 tokens) and all 18 train windows (4,608 tokens)" in output
     assert record["data_sha256"] == "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
     assert record["precision"] == "32-true"
     for key, value in REFERENCE.items():
         assert rows[0][key] == pytest.approx(value, abs=1e-5)
-    in_training = [row for row in rows if "val/loss" in row and row["step"] in range(5, 95, 5)]
+    output, record, rows = train(tmp_path, *book)
+    assert "of all 2 val windows (512 tokens) and 10 train windows (2,560 tokens)" in output
+    in_training = [row for row in rows if "val/loss" in row and row["step"]]
     assert len(in_training) == 18
     assert 0.25 < in_training[-1]["train/eval_loss"] < 1.2  # 0.4 to 0.8, by the order of the windows and dropout
     assert 6.1 < in_training[-1]["val/loss"] < 6.7

@@ -8,7 +8,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import TINY
+from conftest import TINY, story_of
 
 from src import benchmark, cli, evaluate, export, generate, prepare, verify_resume
 from src.resume import resumed_overrides, with_latest_weights
@@ -118,3 +118,15 @@ def test_config_tables_name_keys_that_exist(command, least):
     ]
     assert len(named) > least
     assert set(named) <= keys
+
+
+def test_python_in_the_readme_runs(tmp_path, monkeypatch, small_weights):
+    """The section on Python, as written, with a text and weights at hand."""
+    section = README.split("## In Python")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_text.txt").write_text(story_of(400))
+    (tmp_path / "my_model").symlink_to(small_weights.parent)
+    for block in blocks:
+        exec(block, {})

@@ -30,7 +30,7 @@ class LossPlot(Callback):
     the end, and before it after an evaluation or an epoch, where ``EVERY_SECONDS`` have passed.
 
     The checkpoint keeps what was drawn, so a resumed curve is whole. That is every evaluation, and tokens seen, loss
-    and learning rate of every optimizer step; in a run of more than ``MOST_POINTS``, their means over 2, 4, 8, ...
+    and learning rate of every logged step; in a run of more than ``MOST_POINTS``, their means over 2, 4, 8, ...
     consecutive steps.
     """
 
@@ -56,9 +56,10 @@ class LossPlot(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        metrics = trainer.callback_metrics if trainer.global_step != self._step else {}  # not only accumulated
+        stepped = trainer.global_step != self._step  # not only accumulated
         self._step = trainer.global_step
-        if "train/loss" in metrics:
+        if stepped and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            metrics = trainer.callback_metrics  # to read one waits for the device
             self._add([pl_module.tokens_seen, metrics["train/loss"].item(), metrics["lr"].item()])
 
     def _add(self, step: list[float]) -> None:
