@@ -1,7 +1,9 @@
-"""Files that are written whole or not at all, with the user's umask."""
+"""Files that are written whole or not at all, with the user's umask, and folders that leave nothing behind."""
 
 import json
 import math
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def remove_folder(folder: Path, *names: str) -> None:
+    """Remove what ``names``, which may be patterns, fit in ``folder``, then, as far as they are empty, it and the
+    folders around it in the working folder."""
+    for path in [path for name in names for path in folder.glob(name)]:
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.unlink()
+    around = [parent for parent in folder.absolute().parents if Path.cwd() in parent.parents]
+    with suppress(OSError):  # the first that is not empty ends it
+        for empty in [folder, *around]:
+            empty.rmdir()

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from src.files import read_json, write_json
+from src.files import read_json, remove_folder, write_json
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
@@ -113,19 +112,6 @@ class RunRecord:
 
     def close(self) -> None:
         self._lock.release()
-
-
-def remove_folder(folder: Path, *names: str) -> None:
-    """Remove the files and folders ``names`` in ``folder``, then, as far as they are empty, it and those around it in
-    the working folder."""
-    for path in (folder / name for name in names):
-        shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):
-            path.unlink()
-    around = [parent for parent in folder.absolute().parents if Path.cwd() in parent.parents]
-    with suppress(OSError):  # the first that is not empty ends it
-        for empty in [folder, *around]:
-            empty.rmdir()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from src.files import read_json
-from src.record import remove_folder
+from src.files import read_json, remove_folder
 
 log = logging.getLogger(__name__)
 

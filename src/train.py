@@ -30,9 +30,10 @@ from src.continuation import (
     steps_of_schedule,
 )
 from src.data.config import DataConfig
+from src.files import remove_folder
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
-from src.record import RunRecord, read_record, remove_folder
+from src.record import RunRecord, read_record
 from src.resume import COMMAND, command_line, requeue, resumed_overrides
 from src.streams import lasting_output
 from src.trainer import build_trainer, go_on_logging
