@@ -21,8 +21,7 @@ SPLITS = {  # metric: label, how it is drawn
     "val/loss": ("validation", {"color": VERMILLION, "marker": "s", "markersize": 5, "markerfacecolor": "white"}),
     "train/eval_loss": ("training, evaluated", {"color": BLUE, "marker": "o", "markersize": 2.5, "linestyle": "--"}),
 }
-MOST_POINTS = 4000
-EVERY_SECONDS = 60  # a drawing takes one or two
+MOST_POINTS, EVERY_SECONDS = 4000, 60  # a drawing takes one or two
 
 
 class LossPlot(Callback):
