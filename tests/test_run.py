@@ -276,15 +276,20 @@ def test_progress_under_accumulation_is_the_steps_own(tiny_run, caplog):
         assert f"lr {lr:.2e}" in line
 
 
-def test_checkpoint_writing_is_not_training(tiny_run, monkeypatch):
-    from src.training.checkpoint_io import SealedCheckpointIO
+def test_speed_is_that_of_training_alone(tiny_run, monkeypatch):
+    """Each step takes 0.05 s at least, and the checkpoint behind it 0.5 s, which do not count."""
+    from src.training import checkpoint_io
+    from src.training.module import PretrainingModule
 
-    save = SealedCheckpointIO.save_checkpoint
-    slow = lambda self, *args, **kwargs: (time.sleep(0.5), save(self, *args, **kwargs))  # noqa: E731
-    monkeypatch.setattr(SealedCheckpointIO, "save_checkpoint", slow)
+    write, step = checkpoint_io.write_atomically, PretrainingModule.training_step
+    monkeypatch.setattr(checkpoint_io, "write_atomically", lambda *a, **k: (time.sleep(0.5), write(*a, **k)))
+    monkeypatch.setattr(PretrainingModule, "training_step", lambda *a: (time.sleep(0.05), step(*a))[1])
     run = tiny_run("trainer.max_steps=6", "checkpoint.every_steps=1", "~callbacks.text_samples", "~callbacks.loss_plot")
     training = run.record["tokens_seen"] / run.record["tokens_per_second"]
     assert training + 6 * 0.5 < run.record["seconds"]
+    rates = column(run, "perf/tokens_per_second")
+    assert len(rates) == 6
+    assert max(rates) < run.record["tokens_seen"] / 6 / 0.05
 
 
 @pytest.mark.parametrize("wrong", ["prompts=hello", "prompts=['']", "every_n_epochs=0", "temperature=-1"])

@@ -34,13 +34,10 @@ class Throughput(Callback):
         """Of the whole run so far; None before its first logged step."""
         return self.tokens / self.seconds if self.seconds and self.tokens else None
 
-    def _stop(self) -> None:
+    def _stop(self, trainer: Trainer) -> None:
         if self._running_since is not None:
-            self.seconds += time.perf_counter() - self._running_since
+            self.seconds += _clock(trainer) - self._running_since
             self._running_since = None
-
-    def _start(self) -> None:
-        self._running_since = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens_before = pl_module.tokens_seen
@@ -51,16 +48,13 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._flops_per_token = flops_per_token(pl_module.net.config, batch[0].shape[1])
         if self._running_since is None:
-            self._start()
+            self._running_since = _clock(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._stop()
+        self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
+        self._stop(trainer)
         self.tokens = pl_module.tokens_seen - self._tokens_before
 
     def on_train_batch_end(
@@ -70,8 +64,8 @@ class Throughput(Callback):
         self._step = trainer.global_step
         if not stepped or not trainer.log_every_n_steps or trainer.global_step % trainer.log_every_n_steps:
             return
-        self._stop()
-        self._start()
+        self._stop(trainer)
+        self._running_since = _clock(trainer)
         self.tokens = pl_module.tokens_seen - self._tokens_before
         seconds, tokens = self._logged
         if self.seconds > seconds:
@@ -80,6 +74,11 @@ class Throughput(Callback):
             if self._peak:
                 self.log("perf/mfu", rate * self._flops_per_token / self._peak)
         self._logged = (self.seconds, self.tokens)
+
+
+def _clock(trainer: Trainer) -> float:
+    """Seconds, of which those that went into checkpoints do not count: they are written between any two hooks."""
+    return time.perf_counter() - getattr(trainer.strategy.checkpoint_io, "seconds", 0.0)
 
 
 def _peak(device: torch.device, precision: str) -> float | None:
