@@ -246,7 +246,10 @@ def _find_problems(config_name: str, argv: list[str], check: Callable[[DictConfi
             quoted = f"\"{key}='{value}'\"" if value and not set(value) & set("'\"") else "key=value"
             found.append(f"{override} is no override: {quoted}, with quotes around all but plain words and numbers")
         else:
-            if parsed[-1].is_sweep_override() and not sweeping:
+            if not parsed[-1].key_or_group:
+                found.append(f"{override} is no override, it names no key: key=value")
+                parsed.pop()
+            elif parsed[-1].is_sweep_override() and not sweeping:
                 found.append(f"{override} names several values: python -m src.{config_name} -m {override} to sweep")
     resuming = any(override.key_or_group == "resume" and override.value() for override in parsed)
     for override in parsed:

@@ -18,6 +18,8 @@ from src.training.config import EvalConfig
 from src.training.interruption import Interrupted
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from src.train import Run
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,17 @@ def judge_initial_loss(loss: float, vocab_size: int) -> None:
         )
     else:
         log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
+
+
+def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
+    """Training may have made a model worse than it was ``before``, at step 0, which no checkpoint holds."""
+    from src.callbacks.checkpoints import RunCheckpoints
+
+    best = (callback.best for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoints))
+    if min(after, *best) > before:
+        log.warning(
+            "no evaluation was better than that of step 0, val loss %.3f: optimizer.learning_rate=<less>", before
+        )
 
 
 def hyperparameters(cfg: DictConfig, record: dict[str, Any]) -> dict[str, Any]:
@@ -145,14 +158,11 @@ def print_summary(run: Run) -> None:
         log.info("checked, nothing was trained and no run folder is kept")
         return
     if record["status"] == "completed":
-        loss = (
-            ""
-            if record["val_loss"] is None
-            else (
-                f", train loss {record['train_loss']:.3f}, val loss {record['val_loss']:.3f}, "
-                f"val perplexity {record['val_perplexity']:,.1f}"
-            )
-        )
+        from src.callbacks.console import perplexity
+
+        loss, val = "", record["val_loss"]
+        if val is not None:
+            loss = f", train loss {record['train_loss']:.3f}, val loss {val:.3f}, val perplexity {perplexity(val)}"
         rate = record["tokens_per_second"]
         speed = f" at {rate:,.0f} tokens/s" if rate else ""
         steps, tokens = record["optimizer_steps"], record["tokens_seen"]

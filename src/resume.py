@@ -103,11 +103,17 @@ def with_latest_weights(overrides: list[str]) -> list[str]:
 
 
 def data_of_run(weights: str) -> dict[str, Any]:
-    """The data section of the run that ``weights`` are of, as its ``run.json`` has it; nothing where they are no
-    run's."""
-    folder = run_folder(weights)
+    """The data section of the run that ``weights`` are of, as its ``run.json`` has it, or else the checkpoint itself;
+    nothing where they are no run's."""
+    folder, file = run_folder(weights), Path(os.path.expanduser(weights))
     config = read_record(folder).get("config") if folder else None
     data = config.get("data") if isinstance(config, dict) else None
+    if data is None and file.suffix == ".ckpt" and file.is_file():
+        from src.training.sealed import read_sealed  # imports PyTorch
+
+        content = read_sealed(file, "weights", unsealed=True)
+        run = content.get("run") if isinstance(content, dict) else None
+        data = run.get("data") if isinstance(run, dict) else None
     return data if isinstance(data, dict) else {}
 
 

@@ -86,6 +86,10 @@ def find_problems(cfg: DictConfig) -> list[str]:
     if not (top.weights or top.ckpt_path):  # which bring their own model
         found += model_problems(model, data)
     found += _foreign_arguments(config["trainer"])
+    for group in "callbacks", "logger":
+        for name, node in config[group].items():
+            if node is not None and not (isinstance(node, dict) and "_target_" in node):
+                found.append(f"{group}.{name}={node} has no _target_ to build: ~{group}.{name}")
     found += launch.problems_of_devices(config["trainer"])
     if schedule.name != "constant":
         steps = trainer.max_steps
@@ -311,10 +315,12 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
     evaluating = trainer.limit_val_batches != 0
     for logger in trainer.loggers:
         logger.log_hyperparams(report.hyperparameters(cfg, record.values))
+    before = math.inf  # the validation loss of step 0
     if path is None and evaluating:
         trainer.validate(module, datamodule=datamodule, verbose=False)
+        before = module.evaluated["val/loss"]
         if not cfg.weights:
-            report.judge_initial_loss(trainer.callback_metrics["val/loss"].item(), module.net.config.vocab_size)
+            report.judge_initial_loss(before, module.net.config.vocab_size)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
     finally:
@@ -333,6 +339,7 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
         )
     if evaluating and module.evaluated_step != trainer.global_step:
         trainer.validate(module, datamodule=datamodule, verbose=False)
+    report.judge_best_loss(trainer, before, module.evaluated.get("val/loss", -math.inf))
     losses = {"train_loss": module.evaluated.get("train/eval_loss"), "val_loss": module.evaluated.get("val/loss")}
     for key, loss in losses.items():
         if loss is not None and not math.isfinite(loss):

@@ -44,7 +44,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     ):
         warnings.filterwarnings("ignore", message=message)
     options = OmegaConf.to_container(cfg.trainer, resolve=True)
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
     if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
         options["val_check_interval"] = NEVER
         callbacks.insert(0, EvaluationSchedule(EvalConfig(**cfg.eval)))
@@ -63,7 +63,7 @@ def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> 
     options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
     # TensorBoard's own switch for working without TensorFlow, which takes ten seconds to import where it is installed.
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-    loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values()]
+    loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values() if logger is not None]
     trainer = Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
     # The run listens for signals itself, and its processes agree once per step: Lightning's handler would wait for all
     # of them in the middle of anything, and its own agreement for the GPU at each batch.

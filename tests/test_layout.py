@@ -126,6 +126,7 @@ def test_files_can_be_read_in_one_sitting():
         "src/processes.py",  # how processes begin together, agree and fail together
         "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
         "src/resume.py",  # which run is meant, its overrides, and whether they may be trusted
+        "src/report.py",  # all that a run says of itself, before, at its end, and when it fails
         "src/train.py",  # the main job from the overrides to the summary, told in one place
         "src/cli.py",  # all that stands between a mistyped override and its one-line answer
         "src/training/config.py",  # five sections of the config with all their limits

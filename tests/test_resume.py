@@ -25,6 +25,7 @@ from src.training.checkpoint import read_checkpoint
 from src.training.config import ScheduleConfig
 from src.training.interruption import Interrupted
 from src.training.optim import learning_rate_at
+from src.training.sealed import link
 from src.verify_resume import first_difference
 
 WATCHED = ("callbacks.text_samples.max_new_tokens=3", "~callbacks.loss_plot", "eval.batches=2")
@@ -515,6 +516,32 @@ def test_a_complete_run_has_nothing_left_to_do(tiny_run, tmp_path):
     with pytest.raises(ValueError, match=r"at step 12 of 12, there is nothing left to do: trainer\.max_epochs=<more>"):
         tiny_run("callbacks=none", "data.batch_size=4", resume=run.folder)
     assert (run.folder / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize("links", [0, 1])
+def test_killed_before_the_best_checkpoint_has_its_name(tiny_run, tmp_path, monkeypatch, links):
+    """last.ckpt is written, best.ckpt still is the one before it, or is missing."""
+    common = ("callbacks=none", "data.batch_size=4", "eval.every_steps=2", "checkpoint.every_minutes=null")
+    whole, calls = tiny_run(*common), []
+
+    def killed(path, name):
+        calls.append(name)
+        if len(calls) > links:
+            raise RuntimeError("killed")
+        link(path, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.callbacks.checkpoints.link", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            tiny_run(*common, folder=tmp_path / "cut")
+    saved = read_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 2 * (links + 1)
+    # far too high a rate: whatever comes now is worse
+    run = tiny_run(*common, "optimizer.learning_rate=5", "schedule=constant", resume=tmp_path / "cut")
+    best = read_checkpoint(run.folder / "checkpoints" / "best.ckpt")
+    assert best["global_step"] == saved["global_step"]
+    assert best["run"]["metrics"]["val/loss"] == min(column(run, "val/loss"))
+    assert read_checkpoint(whole.folder / "checkpoints" / "best.ckpt")["global_step"] == 12
 
 
 def test_interrupted_in_the_last_evaluation(tiny_run, tmp_path, monkeypatch):

@@ -34,8 +34,9 @@ class RunCheckpoints(Checkpoint):
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.interruption = interruption or Interruption()
-        self.best = math.inf  # the lowest val/loss so far
+        self.best, self.best_step = math.inf, -1  # the lowest val/loss so far
         self._best_due = False
+        self._before: dict[str, float] = {}  # what the checkpoint says that this run continues
         self._step = self._saved_step = 0
         self._saved_at = 0.0
         self._between_steps = True  # and not between the batches that one step accumulates
@@ -44,15 +45,18 @@ class RunCheckpoints(Checkpoint):
         self._group: torch.distributed.ProcessGroup | None = None
 
     def state_dict(self) -> dict[str, float]:
-        return {"best": self.best}
+        return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        if self.best_path.exists():  # this folder's own: its loss is still to be beaten
-            self.best = state_dict["best"]
+        self._before = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")  # whose questions no GPU has to wait for
+        if self._before.get("best_step") == trainer.global_step and self.path.exists() and trainer.is_global_zero:
+            link(self.path, self.best_path)  # a run that was killed between the two names
+        if self._before and self.best_path.exists():  # this folder's own: its loss is still to be beaten
+            self.best, self.best_step = self._before["best"], self._before["best_step"]
         self._step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._between_steps = True
@@ -78,7 +82,7 @@ class RunCheckpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn == "fit" and self._between_steps and loss is not None and loss < self.best:
-            self.best = loss.item()
+            self.best, self.best_step = loss.item(), trainer.global_step
             self._best_due = self._due = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -79,7 +79,7 @@ class Console(Callback):
         val = metrics["val/loss"].item()
         train = f", train {metrics['train/eval_loss'].item():.3f}" if "train/eval_loss" in metrics else ""
         tokens = f"{pl_module.evaluated_tokens['val']:,} tokens"
-        log.info("%s: val loss %.3f (perplexity %s, %s)%s", self._at(trainer), val, _exp(val), tokens, train)
+        log.info("%s: val loss %.3f (perplexity %s, %s)%s", self._at(trainer), val, perplexity(val), tokens, train)
 
     def _due(self, trainer: Trainer) -> bool:
         now = time.monotonic()
@@ -99,7 +99,7 @@ class Console(Callback):
         loss, lr, rate = (metrics.get(key, math.nan) for key in ("train/loss", "lr", "perf/tokens_per_second"))
         seconds = (time.monotonic() - self._started) / (trainer.global_step - self._first_step)
         seconds *= self._total_steps - trainer.global_step
-        more = "" if brief else f", perplexity {_exp(loss)}, lr {lr:.2e}"
+        more = "" if brief else f", perplexity {perplexity(loss)}, lr {lr:.2e}"
         speed = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
         left = f", {timedelta(seconds=round(seconds))} left" if math.isfinite(seconds) else ""
         return f"loss {loss:.3f}{more}{speed}{left}"
@@ -129,5 +129,6 @@ def _started_bar() -> Progress:
     return bar
 
 
-def _exp(loss: float) -> str:
-    return f"{math.exp(loss):,.1f}" if loss < 700 else "inf"
+def perplexity(loss: float) -> str:
+    """The perplexity of ``loss`` in a few digits."""
+    return f"{math.exp(loss):,.1f}" if loss < 20 else f"{math.exp(min(loss, 709)):.1e}"

@@ -29,9 +29,10 @@ def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
             if not place.is_file():
                 raise ValueError(f"{key}={path} is a device or a pipe: {key}=<a file, folder or glob>")
             return [place]
+        files = _once(_matches(str(place)))
     except OSError as error:
-        raise ValueError(f"{key}={path} cannot be read ({error.strerror}): {key}=<a readable file>") from None
-    files = _once(_matches(str(place)))
+        what = error.filename or path
+        raise ValueError(f"{key}={path} cannot be read ({what}: {error.strerror}): {key}=<readable files>") from None
     if not files:
         raise ValueError(f"{key}={path} does not exist (seen from {Path.cwd()}): {key}=<file, folder or glob>")
     return files
@@ -53,7 +54,7 @@ def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
     seen, tops = set(), [str(top)]
     while tops:
         links = []
-        for folder, inner, names in itertools.chain.from_iterable(map(os.walk, tops)):
+        for folder, inner, names in itertools.chain.from_iterable(os.walk(top, onerror=_raise) for top in tops):
             here = os.path.realpath(folder)
             if here in seen:
                 inner.clear()
@@ -62,6 +63,10 @@ def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
             links += [link for name in inner if os.path.islink(link := os.path.join(folder, name))]
             yield folder, names
         tops = sorted(links)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _matches(pattern: str) -> Iterator[Path]:

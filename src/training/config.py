@@ -208,7 +208,7 @@ class TrainerLimits:
     gradient_clip_algorithm: str | None = None
     log_every_n_steps: int = 1
     limit_train_batches: float | None = None
-    limit_val_batches: float | None = None
+    limit_val_batches: Any = None
     overfit_batches: float = 0.0
     enable_checkpointing: bool = True
 
@@ -222,12 +222,16 @@ class TrainerLimits:
             ("gradient_clip_val", 0, 1.0),
             ("log_every_n_steps", 0, 1),
             ("limit_train_batches", 0, "null"),
-            ("limit_val_batches", 0, "null"),
             ("overfit_batches", 0, 0.0),
         ):
             value = getattr(self, key)
             if value is not None and not value >= smallest:
                 found.append(f"trainer.{key}={value} must be at least {smallest}: trainer.{key}={cure}")
+        if self.limit_val_batches not in (None, 0) and repr(self.limit_val_batches) != "1.0":
+            found.append(
+                f"trainer.limit_val_batches={self.limit_val_batches} would evaluate the beginning of the split alone: "
+                f"eval.max_tokens=<n> for windows spread over it, or trainer.limit_val_batches=0 for no evaluation"
+            )
         for key in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(self, key) == 0:
                 found.append(f"trainer.{key}=0 trains nothing: trainer.{key}=1, or dry_run=true to check a run")
