@@ -43,7 +43,7 @@ def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
     from src.callbacks.checkpoints import RunCheckpoints
 
     best = (callback.best for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoints))
-    if min(after, *best) > before:
+    if min([after, *best]) > before:
         log.warning(
             "no evaluation was better than that of step 0, val loss %.3f: optimizer.learning_rate=<less>", before
         )
@@ -164,7 +164,7 @@ def print_summary(run: Run) -> None:
         if val is not None:
             loss = f", train loss {record['train_loss']:.3f}, val loss {val:.3f}, val perplexity {perplexity(val)}"
         rate = record["tokens_per_second"]
-        speed = f" at {rate:,.0f} tokens/s" if rate else ""
+        speed = f", training at {rate:,.0f} tokens/s" if rate else ""
         steps, tokens = record["optimizer_steps"], record["tokens_seen"]
-        log.info("%s steps, %s tokens%s in %.0f s%s", f"{steps:,}", f"{tokens:,}", speed, record["seconds"], loss)
+        log.info("%s steps, %s tokens%s, %.0f s in all%s", f"{steps:,}", f"{tokens:,}", speed, record["seconds"], loss)
     log.info("run folder: %s", run.folder)

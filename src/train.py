@@ -282,6 +282,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
         device=device_name(trainer.strategy.root_device),
         precision=str(trainer.precision),
     )
+    if checkpoint:
+        log.info("going on from step %d of %s", checkpoint["global_step"], path)
     run = Run(folder, trainer, module, datamodule, record.values)
     report.print_start_card(run, cfg, steps)
     processes.peers().wait_for_all()
@@ -397,7 +399,6 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
     before = checkpoint["hyper_parameters"]
     problems = different_model(cfg, before["model"], path) + different_optimizer(cfg, before["optimizer"], path)
     _refuse(problems + different_values(cfg, checkpoint, path))
-    log.info("going on from step %d of %s", checkpoint["global_step"], path)
     return path, checkpoint
 
 

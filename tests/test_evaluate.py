@@ -195,11 +195,12 @@ def test_weights_of_no_run_or_of_several_ask_for_a_text(tiny_run, command, small
     one, other = (tiny_run("trainer.max_steps=1", "callbacks=none", f"data.train_ratio={share}").folder
                   for share in (0.9, 0.8))  # fmt: skip
     lone = shutil.copy(one / "checkpoints" / "last.ckpt", tmp_path / "lone.ckpt")
-    for asked in [f"weights={small_weights}"], [f"weights={lone}"], ["-m", f"weights={one},{other}"]:
+    for asked in [f"weights={small_weights}"], ["-m", f"weights={one},{other}"]:
         status, _, err = command("evaluate", *asked)
         assert (status, err.count("\n")) == (1, 1)
         assert err.endswith(": data=story, or data=text data.path=<a text>\n")
     assert list(tmp_path.glob("outputs")) == []
+    assert f"++data.path='{text}'" in with_data_of_run([f"weights={lone}"])
     assert with_data_of_run([f"weights={lone}", "data=story"]) == [f"weights={lone}", "data=story"]
     again = shutil.copytree(one, tmp_path / "again")
     both = ["-m", f"weights={one},{again}"]

@@ -246,7 +246,9 @@ def test_the_model_comes_from_the_weights(tiny_run, tmp_path):
     shorter = tiny_run(*overrides, "data.context_length=8")
     assert shorter.module.net.config == run.module.net.config
     assert shorter.record["tokens_seen"] == 2 * 2 * 8
-    with pytest.raises(ValueError, match=r"model\.n_layers=7 differs from 1 in weights=.*: leave model"):
+    with pytest.raises(
+        ValueError, match=r"model\.n_layers=7 differs from 1 in .*, which brings its own model: leave model"
+    ):
         tiny_run(*overrides, "model.n_layers=7")
     with pytest.raises(ValueError, match=r"data\.context_length=25 is more than the model's 24"):
         tiny_run(*overrides, "data.context_length=25")
@@ -322,7 +324,9 @@ def test_continuing_with_another_model_is_refused(tiny_run, tmp_path):
     save_weights(run.module.net, weights)
     with pytest.raises(ValueError, match=r"no optimizer to go on with: weights="):
         tiny_run(f"ckpt_path={weights}")
-    with pytest.raises(ValueError, match=r"model\.n_layers=3 differs from 2 in .*: model\.n_layers=2"):
+    with pytest.raises(
+        ValueError, match=r"model\.n_layers=3 differs from 2 in .*, which brings its own model: leave model"
+    ):
         tiny_run(f"ckpt_path={ckpt}", "model.n_layers=3")
 
 

@@ -29,7 +29,7 @@ class LossPlot(Callback):
     the end, and before it after an evaluation or an epoch, where ``EVERY_SECONDS`` have passed.
 
     The checkpoint keeps what was drawn, so a resumed curve is whole. That is every evaluation, and tokens seen, loss
-    and learning rate of every logged step; in a run of more than ``MOST_POINTS``, their means over 2, 4, 8, ...
+    and learning rate of every optimizer step; in a run of more than ``MOST_POINTS``, their means over 2, 4, 8, ...
     consecutive steps.
     """
 
@@ -38,10 +38,12 @@ class LossPlot(Callback):
         self.points: list[list[float]] = []  # tokens seen, loss, learning rate
         self.steps_per_point = 1
         self.pending: list[list[float]] = []  # the steps of the point to come
+        self._unread: list[list[Any]] = []
         self._step = 0
         self._next_drawing = 0.0
 
     def state_dict(self) -> dict[str, Any]:
+        self._read()
         lists = {"history": [*self.history], "points": [*self.points], "pending": [*self.pending]}
         return {**lists, "steps_per_point": self.steps_per_point}
 
@@ -55,11 +57,18 @@ class LossPlot(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = trainer.global_step != self._step  # not only accumulated
+        metrics = trainer.callback_metrics if trainer.global_step != self._step else {}  # not only accumulated
         self._step = trainer.global_step
-        if stepped and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            metrics = trainer.callback_metrics  # to read one waits for the device
-            self._add([pl_module.tokens_seen, metrics["train/loss"].item(), metrics["lr"].item()])
+        if "train/loss" in metrics:
+            self._unread.append([pl_module.tokens_seen, metrics["train/loss"], metrics["lr"]])
+        if len(self._unread) == 100:
+            self._read()
+
+    def _read(self) -> None:
+        """Add the latest steps; to read a metric waits for the device, so it is done for many at once."""
+        for tokens, loss, rate in self._unread:
+            self._add([tokens, loss.item(), rate.item()])
+        self._unread = []
 
     def _add(self, step: list[float]) -> None:
         self.pending.append(step)
@@ -91,6 +100,7 @@ class LossPlot(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule, now: bool = True) -> None:
         from matplotlib.image import imread
 
+        self._read()
         if not self.points or not (now or time.monotonic() >= self._next_drawing):
             return
         epochs, steps = pl_module.epochs_seen, trainer.global_step

@@ -205,12 +205,12 @@ class TextDataModule(LightningDataModule):
             parts = {"data.batch_size": self.config.batch_size, "trainer.accumulate_grad_batches": self.accumulate}
             asked = " ".join(f"{key}={value}" for key, value in parts.items() if value > 1)
             asked += f" on {self.world_size} devices" if self.world_size > 1 else ""
-            cures = {
-                "trainer.accumulate_grad_batches": windows // self.batch_windows,
-                "data.batch_size": windows // (self.world_size * self.accumulate),
-                "trainer.devices": windows,
-            }
-            cure = next(f"{key}={value}" for key, value in cures.items() if value)
+            if fits := windows // self.batch_windows:
+                cure = f"trainer.accumulate_grad_batches={fits}"
+            elif fits := windows // self.world_size:
+                cure = f"data.batch_size={fits}" + " trainer.accumulate_grad_batches=1" * (self.accumulate > 1)
+            else:
+                cure = f"trainer.devices={windows}"
             raise ValueError(
                 f"{asked} is more than the {windows} training windows of data.path={source}: "
                 f"{cure}, a smaller data.stride or more text"

@@ -22,13 +22,14 @@ def fetch(urls: list[str], sha256: str | None, size: int | None = None) -> Path:
             raise ValueError(f"data.url={url} is not https: data.path=<a copy on this machine>")
     name = Path(urlparse(urls[0]).path).name
     pooch.get_logger().setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what finally failed is told below
     reasons = []
     for url in urls:
         try:
             found = pooch.retrieve(url, sha256, name, pooch.os_cache(CACHE_NAME), downloader=_downloader(size))
             return Path(found)
         except (OSError, ValueError) as error:  # no network, no such page, wrong content
-            reasons.append(f"{urlparse(url).netloc}: {str(error).splitlines()[0][:150]}")
+            reasons.append(f"{urlparse(url).netloc}: {str(error).splitlines()[0][:80]}")
     raise ValueError(
         f"data.url={urls[0]} could not be fetched ({'; '.join(reasons)}): data.path=<a copy on this machine>"
     )
