@@ -211,10 +211,11 @@ def test_a_pickle_that_wants_code_is_refused_and_named(tmp_path, name, form, tri
     content = {**content_of(1), "callbacks": wanted}
     if form == "pickle":
         path.write_bytes(pickle.dumps({"state_dict": wanted}))
+    elif form == "sealed":
+        with sealed._SealedWriter(path) as file:
+            torch.save(content, file)
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
-    if form == "sealed":
-        sealed._seal(path)
     for read in read_checkpoint, read_weights, load_weights, good_checkpoint:
         with pytest.raises(ValueError, match=rf"refused, it wants to execute \S*{function}") as error:
             read(path)

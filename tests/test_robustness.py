@@ -126,9 +126,9 @@ def test_full_disk_in_a_run(tiny_run, tmp_path, monkeypatch):
 
     real, calls = sealed.torch.save, []
 
-    def save(content, path):
-        real(content, path)
-        calls.append(path)
+    def save(content, file):
+        real(content, file)
+        calls.append(file)
         if len(calls) == 3:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 

@@ -21,6 +21,7 @@ SEAL = b"sha256:"  # 64 hexadecimal digits follow; together the comment of the z
 SEAL_BYTES = len(SEAL) + 64
 LARGEST_PICKLE = 2**24  # bytes that are searched for the names of functions
 MOST_NAMED = 5  # of these in a message
+WRITTEN_AT_ONCE = 2**24  # bytes
 
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,8 @@ def write_atomically(content: dict[str, Any], path: Path, previous: Path | None 
     try:
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("no space left on device")
-        with config.patch("save.compute_crc32", False):  # half of the time of a save; the seal is the stronger check
-            torch.save(content, part)  # by path: through a Python file object it takes up to three times as long
-        _seal(part)
+        with _SealedWriter(part) as file, config.patch("save.compute_crc32", False):  # the SHA-256 checks more
+            torch.save(content, file)
         if previous is not None and path.exists():
             link(path, previous)
         part.replace(path)
@@ -79,16 +79,58 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _seal(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, 0, and the comment
-        file.write(SEAL_BYTES.to_bytes(2, "little"))
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0, os.SEEK_END)
-        file.write(SEAL + digest.encode())
-        file.flush()
-        os.fsync(file.fileno())
+class _SealedWriter(io.RawIOBase):
+    """Writes the zip archive of ``torch.save`` with the SHA-256 of all before it as its comment.
+
+    What was written goes to the disk and out of the page cache every 16 MiB. Gigabytes that wait there for the disk
+    would slow the machine and displace the shards that training reads; a checkpoint of 1.95 GB takes half the time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        self._digest = hashlib.sha256()
+        self._end = b""  # of the archive, which is the length of its comment
+        self._cached = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if len(data) < SEAL_BYTES:
+            self._end += bytes(data)
+            return len(data)
+        self._put(self._end)
+        self._end = b""
+        self._put(data)
+        return len(data)
+
+    def _put(self, data: Any) -> None:
+        self._digest.update(data)
+        rest = memoryview(data).cast("B")
+        while rest:
+            written = os.write(self._file, rest[:WRITTEN_AT_ONCE])
+            rest = rest[written:]
+            self._cached += written
+            if self._cached >= WRITTEN_AT_ONCE:
+                self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._cached = 0
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind is None:
+            self._put(self._end[:-2] + SEAL_BYTES.to_bytes(2, "little"))
+            self._put(SEAL + self._digest.hexdigest().encode())
+            self._sync()
+        self.close()
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._file)
+        super().close()
 
 
 def link(path: Path, name: Path) -> None:
