@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src import cli
+from src.cli import app
 from src.bench.config import BenchmarkConfig
 from src.data.config import PrepareConfig
 from src.files import write_json
 from src.model.config import GPTConfig
-from src.record import git_revision, versions
+from src.runs.record import git_revision, versions
 from src.train import build_module
 from src.train import find_problems as problems_of_training
 
@@ -39,7 +39,7 @@ WANTED = {  # of the run that is timed: nothing but training steps
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
-    checked, found = cli.check_sections(cfg, {"": BenchmarkConfig})
+    checked, found = app.check_sections(cfg, {"": BenchmarkConfig})
     found += problems_of_training(cfg)
     if cfg.weights or cfg.ckpt_path or cfg.resume:
         found.append("weights, ckpt_path and resume make no difference to speed: leave them away")
@@ -69,7 +69,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("\n".join(problems))
     import torch
 
-    from src.training.device import device_name, pick_accelerator, pick_precision
+    from src.device import device_name, pick_accelerator, pick_precision
 
     device = pick_accelerator(cfg.trainer.accelerator)
     precision = str(cfg.trainer.precision or pick_precision(device))
@@ -98,7 +98,7 @@ def _training(cfg: DictConfig, device: str, precision: str) -> dict[str, Any]:
     from src.bench.rivals import Rival
     from src.bench.training import PHASES
     from src.model.flops import FORMULA, flops_per_token, peak_flops
-    from src.training.device import device_name
+    from src.device import device_name
 
     model, rounds, steps = GPTConfig(**cfg.model), cfg.rounds, cfg.steps
     context_length = cfg.data.context_length
@@ -241,9 +241,9 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
     from lightning.pytorch import seed_everything
 
     from src.bench.training import Pacer
-    from src.trainer import build_trainer
-    from src.training.device import keep_freed_memory
-    from src.training.interruption import Interruption
+    from src.training.trainer import build_trainer
+    from src.device import keep_freed_memory
+    from src.checkpoint.interruption import Interruption
 
     cfg = OmegaConf.create(config)
     for key, value in WANTED.items():
@@ -284,4 +284,4 @@ def _print_row(what: str, figure: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch("benchmark", benchmark, find_problems)
+    app.launch("benchmark", benchmark, find_problems)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src import cli
+from src.cli import app
 from src.data.config import DataConfig
 from src.evaluation.config import PRECISIONS, EvaluationConfig
 from src.files import write_json
 from src.interop.locate import problems_of_weights
-from src.record import git_revision, versions
-from src.resume import as_meant, data_of_run, quoted, with_latest_weights
+from src.runs.record import git_revision, versions
+from src.cli.resume import as_meant, data_of_run, quoted, with_latest_weights
 
 if TYPE_CHECKING:
     import tiktoken
@@ -73,7 +73,7 @@ def with_data_of_run(overrides: list[str]) -> list[str]:
             f"data.path={path}, which {asked} was trained on, is not there (seen from {Path.cwd()}): "
             f"data.path=<where it is now>, or data=<another text>"
         )
-    default = cli.compose("evaluate", ["data.path=null"]).data
+    default = app.compose("evaluate", ["data.path=null"]).data
     brought = [
         f"++data.{key}={_as_value(value)}"
         for key, value in own[0].items()
@@ -91,7 +91,7 @@ def _as_value(value: Any) -> str:
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """Everything wrong with ``cfg`` that can be known without reading weights or text."""
-    checked, found = cli.check_sections(cfg, {"": EvaluationConfig, "data": DataConfig})
+    checked, found = app.check_sections(cfg, {"": EvaluationConfig, "data": DataConfig})
     if "" not in checked:
         return found
     config = checked[""]
@@ -120,7 +120,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src.generation.text import check_vocabulary
     from src.interop.weights import build, read_weights_and_run
     from src.tokenizer import gpt2_tokenizer, token_byte_counts
-    from src.training.device import pick_accelerator
+    from src.device import pick_accelerator
 
     started = time.perf_counter()
     config = EvaluationConfig(**{key: cfg[key] for key in EvaluationConfig.__dataclass_fields__})
@@ -279,4 +279,4 @@ def _run(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    cli.launch("evaluate", _run, find_problems, with_data_of_run)
+    app.launch("evaluate", _run, find_problems, with_data_of_run)

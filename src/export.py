@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src import cli
+from src.cli import app
 from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
-from src.record import read_record
-from src.resume import with_latest_weights
+from src.runs.record import read_record
+from src.cli.resume import with_latest_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,14 +44,14 @@ class ExportConfig:
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """Everything wrong with ``cfg`` that can be known without reading the weights."""
-    checked, found = cli.check_sections(cfg, {"": ExportConfig})
+    checked, found = app.check_sections(cfg, {"": ExportConfig})
     if not checked:
         return found
     found += problems_of_weights(checked[""].weights)
     output = Path(os.path.expanduser(checked[""].output))
     if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
         return [*found, f"output={output} is there already: output=<a new folder>"]
-    return found + cli.problems_of_output(output)
+    return found + app.problems_of_output(output)
 
 
 def export(cfg: DictConfig) -> float:
@@ -152,4 +152,4 @@ def _largest_difference(net: GPT, other: GPT) -> float:
 
 
 if __name__ == "__main__":
-    cli.launch("export", export, find_problems, with_latest_weights)
+    app.launch("export", export, find_problems, with_latest_weights)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from omegaconf import DictConfig
 
-from src import cli
+from src.cli import app
 from src.generation.config import DEVICES, GenerationConfig
 from src.interop.locate import problems_of_weights
-from src.resume import as_meant, data_of_run, with_latest_weights
+from src.cli.resume import as_meant, data_of_run, with_latest_weights
 
 if TYPE_CHECKING:
     from src.generation.decode import Step
@@ -51,7 +51,7 @@ class GenerateConfig(GenerationConfig):
 
 def find_problems(cfg: DictConfig, raw: dict[str, list[str]] | None = None) -> list[str]:
     """Everything wrong with ``cfg`` and the ``raw`` arguments that can be known without reading the weights."""
-    checked, found = cli.check_sections(cfg, {"": GenerateConfig})
+    checked, found = app.check_sections(cfg, {"": GenerateConfig})
     raw = raw or dict.fromkeys(RAW, ())
     if checked:
         found += problems_of_weights(checked[""].weights)
@@ -84,7 +84,7 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
     from src.tokenizer import gpt2_tokenizer
-    from src.training.device import is_out_of_memory, pick_accelerator
+    from src.device import is_out_of_memory, pick_accelerator
 
     config = GenerateConfig(**{field.name: cfg[field.name] for field in fields(GenerateConfig)})
     prompts = [
@@ -215,7 +215,7 @@ def _decoded(file: BinaryIO, what: str) -> str:
 
 def with_special_tokens_of_run(overrides: list[str]) -> list[str]:
     """``overrides``, and what the run of the ``weights`` made of a literal <|endoftext|>, if they do not say."""
-    _, values = cli.take_out(overrides, ("weights", "special_tokens"))
+    _, values = app.take_out(overrides, ("weights", "special_tokens"))
     if values["special_tokens"] or not values["weights"]:
         return overrides
     own = data_of_run(as_meant(values["weights"][-1])).get("special_tokens")
@@ -226,11 +226,11 @@ def main() -> None:
     raw: dict[str, list[str]] = {}
 
     def rewrite(arguments: list[str]) -> list[str]:
-        left, taken = cli.take_out(arguments, RAW)
+        left, taken = app.take_out(arguments, RAW)
         raw.update(taken)
         return with_special_tokens_of_run(with_latest_weights(left))
 
-    cli.launch("generate", lambda cfg: generate(cfg, raw), lambda cfg: find_problems(cfg, raw), rewrite)
+    app.launch("generate", lambda cfg: generate(cfg, raw), lambda cfg: find_problems(cfg, raw), rewrite)
 
 
 if __name__ == "__main__":

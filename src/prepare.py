@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from src import cli
+from src.cli import app
 from src.data.config import PrepareConfig
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ LINE_EVERY = 10  # seconds between lines of progress, where there is no terminal
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """Everything wrong with ``cfg`` that can be known without reading the sources."""
-    checked, found = cli.check_sections(cfg, {"": PrepareConfig})
+    checked, found = app.check_sections(cfg, {"": PrepareConfig})
     if not checked:
         return found
     from src.data.documents import find_sources
@@ -31,7 +31,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         find_sources(checked[""].paths)
     except ValueError as error:
         found += str(error).splitlines()
-    return found + cli.problems_of_output(Path(checked[""].output).expanduser())
+    return found + app.problems_of_output(Path(checked[""].output).expanduser())
 
 
 def prepare(cfg: DictConfig) -> None:
@@ -82,4 +82,4 @@ def _progress(total: int) -> Iterator[Callable[[float], None]]:
 
 
 if __name__ == "__main__":
-    cli.launch("prepare", prepare, find_problems)
+    app.launch("prepare", prepare, find_problems)

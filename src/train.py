@@ -19,8 +19,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli, launch, processes, report
-from src.continuation import (
+from src.cli import app
+from src.runs import launch
+from src.runs import processes
+from src.runs import report
+from src.runs.start import (
     adopt_model,
     check_epoch,
     check_text,
@@ -33,12 +36,12 @@ from src.data.config import DataConfig
 from src.files import remove_folder
 from src.interop.locate import problems_of_weights
 from src.model.config import GPTConfig
-from src.record import RunRecord, read_record
-from src.resume import COMMAND, command_line, requeue, resumed_overrides
-from src.streams import lasting_output
-from src.trainer import build_trainer, go_on_logging
+from src.runs.record import RunRecord, read_record
+from src.cli.resume import COMMAND, command_line, requeue, resumed_overrides
+from src.cli.streams import lasting_output
+from src.training.trainer import build_trainer, go_on_logging
 from src.training.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainerLimits
-from src.training.interruption import Interrupted, Interruption
+from src.checkpoint.interruption import Interrupted, Interruption
 
 if TYPE_CHECKING:  # a wrong command line is answered without the seconds that these imports take
     from lightning.pytorch import Trainer
@@ -77,7 +80,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         return [str(error).splitlines()[0]]
-    checked, found = cli.check_sections(cfg, SECTIONS)
+    checked, found = app.check_sections(cfg, SECTIONS)
     if found:  # the rest relies on each number being sound by itself
         return found
     top, model, data, trainer, schedule, optimizer = (
@@ -121,7 +124,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
 
 def _foreign_arguments(trainer: dict[str, Any]) -> list[str]:
     """Which keys that ``conf/trainer`` does not have Lightning's Trainer does not have either, a line each."""
-    new = set(trainer) - set(OmegaConf.load(cli.CONF / "trainer" / "default.yaml"))
+    new = set(trainer) - set(OmegaConf.load(app.CONF / "trainer" / "default.yaml"))
     if not new:
         return []
     import inspect
@@ -224,8 +227,8 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     from lightning.pytorch import seed_everything
 
     from src.interop.weights import read_weights
-    from src.training.checkpoint import make_last, newest_good_checkpoint
-    from src.training.device import device_name, keep_freed_memory
+    from src.checkpoint.find import make_last, newest_good_checkpoint
+    from src.device import device_name, keep_freed_memory
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.optim import batches_per_epoch, planned_steps
 
@@ -371,7 +374,7 @@ def build_module(cfg: DictConfig) -> PretrainingModule:
 
 def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to go on from, or another one where that is damaged, and what it holds."""
-    from src.training.checkpoint import good_checkpoint, newest_good_checkpoint
+    from src.checkpoint.find import good_checkpoint, newest_good_checkpoint
 
     def look() -> tuple[Path, dict[str, Any]] | None:
         found = None
@@ -404,7 +407,7 @@ def _find_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, dict[s
 
 def _shared_checkpoint(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Path, dict[str, Any]] | None:
     """What ``look`` finds on rank 0, for all processes of the run."""
-    from src.training.checkpoint import read_checkpoint
+    from src.checkpoint.find import read_checkpoint
 
     looked = []
     path = processes.peers().said_by_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
@@ -416,7 +419,7 @@ def _shared_checkpoint(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -
 def _adopt(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> None:
     """Let the model be that of ``source``, unless another was asked for."""
     _refuse(adopt_model(cfg, model, source))
-    checked, _ = cli.check_sections(cfg, {"model": GPTConfig, "data": DataConfig})
+    checked, _ = app.check_sections(cfg, {"model": GPTConfig, "data": DataConfig})
     _refuse(model_problems(checked["model"], checked["data"], source))
     _accumulate(cfg)  # batches of the length that is known now
 
@@ -470,10 +473,10 @@ def _run(cfg: DictConfig) -> float | None:
     finally:
         kept = processes.sweeping() or (folder / "run.json").exists()
         if not kept and processes.rank() == 0:
-            cli.close_log_files(folder)
+            app.close_log_files(folder)
             remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
 
 
 if __name__ == "__main__":
     with lasting_output():
-        cli.launch("train", _run, find_problems, resumed_overrides, processes.agree_on_arguments)
+        app.launch("train", _run, find_problems, resumed_overrides, processes.agree_on_arguments)

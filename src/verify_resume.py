@@ -17,9 +17,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from src import cli
-from src.record import read_record
-from src.resume import quoted
+from src.cli import app
+from src.runs.record import read_record
+from src.cli.resume import quoted
 from src.train import find_problems as problems_of_training
 
 log = logging.getLogger(__name__)
@@ -207,4 +207,4 @@ def _run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch("verify_resume", _run, find_problems)
+    app.launch("verify_resume", _run, find_problems)

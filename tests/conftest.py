@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import torch
 
-from src import cli
+from src.cli import app
 from src.model.config import GPTConfig
 from src.train import Run, train
 
@@ -81,7 +81,7 @@ def tiny_run(tmp_path, text):
     numbers = itertools.count()
 
     def run(*overrides: str, folder: Path | None = None, resume: Path | None = None, model=TINY) -> Run:
-        cfg = cli.compose(
+        cfg = app.compose(
             "train",
             [
                 *model,

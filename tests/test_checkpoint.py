@@ -17,14 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.cli import CONF
+from src.cli.app import CONF
 from src.interop.weights import load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training import sealed
-from src.training.checkpoint import good_checkpoint, newest_good_checkpoint, read_checkpoint
-from src.training.checkpoint_io import SealedCheckpointIO
-from src.training.sealed import DamagedError, write_atomically
+from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
+from src.checkpoint.plugin import SealedCheckpointIO
+from src.checkpoint.sealed import DamagedError, write_atomically
 
 
 def content_of(step: int, size: int = 100) -> dict:
@@ -98,7 +98,7 @@ def test_a_damaged_file_that_was_asked_for(tmp_path):
 SAVER = """
 import sys, torch
 from pathlib import Path
-from src.training.checkpoint_io import SealedCheckpointIO
+from src.checkpoint.plugin import SealedCheckpointIO
 weight = torch.zeros(4_000_000)
 print("ready", flush=True)
 for step in range(10**6):
@@ -150,7 +150,7 @@ def test_disk_that_fails_while_writing(tmp_path):
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from src.training.sealed import write_atomically\n"
+        "from src.checkpoint.sealed import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
         "content = {'state_dict': {'weight': torch.zeros(10**6)}}\n"
         "try: write_atomically(content, Path(sys.argv[1], 'last.ckpt'), Path(sys.argv[1], 'previous.ckpt'))\n"

@@ -18,15 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from src import cli, launch, processes
-from src.continuation import different_values
+from src.cli import app
+from src.runs import launch
+from src.runs import processes
+from src.runs.start import different_values
 from src.data.shards import header
 from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
-from src.record import read_record
+from src.runs.record import read_record
 from src.tokenizer import gpt2_tokenizer
 from src.train import find_problems
-from src.training.checkpoint import read_checkpoint
-from src.training.position import rescale_position
+from src.checkpoint.find import read_checkpoint
+from src.checkpoint.position import rescale_position
 from src.verify_resume import _rows, first_difference
 
 COMMON = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
@@ -53,7 +55,7 @@ def started(tmp_path, text):
         if any(override.startswith("resume=") for override in overrides):
             arguments = list(overrides)
         env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-        env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+        env |= {"PYTHONPATH": f"{app.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *by, "-m", "src.train", *sorted(arguments, key=lambda one: one != "-m")]
         pipe = subprocess.PIPE
         running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
@@ -262,7 +264,7 @@ def test_another_number_of_devices_keeps_the_step(monkeypatch):
 
     def said(devices: int, batch_size: int, accumulate: int) -> list[str]:
         monkeypatch.setattr(processes, "world_size", lambda: devices)
-        cfg = cli.compose("train", [f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}"])
+        cfg = app.compose("train", [f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}"])
         return different_values(cfg, checkpoint, Path("x"))
 
     assert said(2, 4, 3) == said(1, 8, 3) == said(1, 4, 6) == said(3, 8, 1) == []
@@ -290,12 +292,12 @@ def test_place_among_the_processes(monkeypatch, environment, place):
     assert (processes.rank(), processes.world_size()) == place
     nodes = 2 if place[1] > 1 else 1
     fits = ["trainer.accelerator=cpu", f"trainer.num_nodes={nodes}", f"trainer.devices={place[1] // nodes}"]
-    assert find_problems(cli.compose("train", fits)) == []
+    assert find_problems(app.compose("train", fits)) == []
     if place[1] > 1:
-        (problem,) = find_problems(cli.compose("train", [*fits[:2], "trainer.devices=3"]))
+        (problem,) = find_problems(app.compose("train", [*fits[:2], "trainer.devices=3"]))
         assert f"but {place[1]} processes were started: {fits[2]}" in problem
 
 
 def test_no_gpu_to_share_out():
     with pytest.raises(ValueError, match=r"trainer\.devices=8, but this machine (has|has no GPU).*: trainer\."):
-        launch.devices_here(cli.compose("train", ["trainer.devices=8"]))
+        launch.devices_here(app.compose("train", ["trainer.devices=8"]))

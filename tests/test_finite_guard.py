@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import column
 
-from src.training.checkpoint import read_checkpoint
+from src.checkpoint.find import read_checkpoint
 from src.training.finite_guard import NonFiniteError
 
 COMMON = ("callbacks=none", "data.batch_size=4", "checkpoint.every_steps=2", "eval.every_steps=5")

@@ -28,7 +28,7 @@ from src.interop.weights import build, load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import gpt2_tokenizer
-from src.training.sealed import write_atomically
+from src.checkpoint.sealed import write_atomically
 
 CONFIGS = [
     GPTConfig(61, 16, 24, 3, 2, qkv_bias=True, tie_weights=True),

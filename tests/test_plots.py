@@ -6,8 +6,8 @@ import math
 import pytest
 from conftest import column, metrics_of
 
-from src.callbacks.loss_plot import MOST_POINTS, LossPlot, loss_figure, perplexity_figure
-from src.training.checkpoint import read_checkpoint
+from src.callbacks.plots import MOST_POINTS, LossPlot, loss_figure, perplexity_figure
+from src.checkpoint.find import read_checkpoint
 
 WATCHED = ("data.batch_size=4", "~callbacks.text_samples", "logger=csv")
 
@@ -25,7 +25,7 @@ def size(run, name: str) -> tuple[int, int]:
 @pytest.fixture
 def drawings(monkeypatch):
     """A list that gets the arguments of each drawing of the loss."""
-    import src.callbacks.loss_plot as loss_plot
+    import src.callbacks.plots as loss_plot
 
     made, draw = [], loss_plot.loss_figure
     monkeypatch.setattr(loss_plot, "loss_figure", lambda *given: made.append(copy.deepcopy(given)) or draw(*given))
@@ -97,7 +97,7 @@ def test_drawn_once_at_the_end_of_a_short_run(tiny_run, drawings, overrides, fil
 
 
 def test_drawn_after_evaluations_where_time_has_passed(tiny_run, drawings, monkeypatch):
-    monkeypatch.setattr("src.callbacks.loss_plot.EVERY_SECONDS", 0)
+    monkeypatch.setattr("src.callbacks.plots.EVERY_SECONDS", 0)
     tiny_run(*WATCHED, "trainer.max_steps=6", "eval.every_steps=2")
     assert [len(points) for points, *_ in drawings][:3] == [2, 4, 6]
 

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src import cli
-from src.record import read_record, signature
-from src.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
-from src.training.checkpoint import read_checkpoint
+from src.cli import app
+from src.runs.record import read_record, signature
+from src.cli.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
+from src.checkpoint.find import read_checkpoint
 from src.training.config import ScheduleConfig
-from src.training.interruption import Interrupted
+from src.checkpoint.interruption import Interrupted
 from src.training.optim import learning_rate_at
-from src.training.sealed import link
+from src.checkpoint.sealed import link
 from src.verify_resume import first_difference
 
 WATCHED = ("callbacks.text_samples.max_new_tokens=3", "~callbacks.loss_plot", "eval.batches=2")
@@ -108,7 +108,7 @@ def test_sighup_under_nohup_is_ignored(tiny_run, at_batch, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.training.sealed.torch.load",
+@pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.checkpoint.sealed.torch.load",
                                    "src.callbacks.text_samples.generate"])  # fmt: skip
 def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, monkeypatch, place):
     common = (*WATCHED, "data.batch_size=4")
@@ -154,7 +154,7 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
     for asked in str(folder), "latest":
         arguments = resumed_overrides(["seed=5", f"resume={asked}"])
         assert arguments[:4] == ["model=gpt2_tiny", "data.path='a b'", "weights=x", "seed=5"]
-        cfg = cli.compose("train", arguments[:-2])
+        cfg = app.compose("train", arguments[:-2])
         assert (Path(cfg.resume).name, cfg.seed, cfg.data.path) == (folder.name, 5, "a b")
     with pytest.raises(ValueError, match="has its own beginning: leave weights away"):
         resumed_overrides(["weights=y", "resume=latest"])
@@ -531,7 +531,7 @@ def test_killed_before_the_best_checkpoint_has_its_name(tiny_run, tmp_path, monk
         link(path, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("src.callbacks.checkpoints.link", killed)
+        patch.setattr("src.checkpoint.callbacks.link", killed)
         with pytest.raises(RuntimeError, match="killed"):
             tiny_run(*common, folder=tmp_path / "cut")
     saved = read_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")
@@ -604,7 +604,7 @@ def test_moved_folder_keeps_its_best(tiny_run, at_batch, tmp_path):
 
 
 def test_two_processes_cannot_share_a_folder(tiny_run, cut, monkeypatch):
-    monkeypatch.setattr("src.record.LINGERING", 0.1)
+    monkeypatch.setattr("src.runs.record.LINGERING", 0.1)
     with FileLock(cut / ".lock"), pytest.raises(ValueError, match="is in use by another process: stop that"):
         tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
     with pytest.raises(

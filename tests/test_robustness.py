@@ -19,11 +19,11 @@ import pytest
 from conftest import FAST, column
 from test_config import BAD
 
-from src.cli import CONF
+from src.cli.app import CONF
 from src.files import read_json, write_json
-from src.record import read_record
-from src.streams import lasting_output
-from src.training.checkpoint import read_checkpoint
+from src.runs.record import read_record
+from src.cli.streams import lasting_output
+from src.checkpoint.find import read_checkpoint
 from src.verify_resume import first_difference
 
 

@@ -18,7 +18,7 @@ from src.data.shard_check import ShardCheck
 from src.data.shards import MANIFEST, ShardTokens, header, read_shards
 from src.data.windows import SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
-from src.training.interruption import Interrupted
+from src.checkpoint.interruption import Interrupted
 from src.verify_resume import first_difference
 
 

@@ -16,7 +16,7 @@ from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import encode
-from src.training.checkpoint import read_checkpoint
+from src.checkpoint.find import read_checkpoint
 from src.training.module import PretrainingModule
 from src.training.optim import planned_steps
 

@@ -10,7 +10,7 @@ from src.generation.decode import generate
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
-from src.training.device import seconds_of
+from src.device import seconds_of
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:

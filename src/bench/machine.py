@@ -5,7 +5,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from src.bench.rivals import serve
-from src.training.device import matrix_rate, seconds_of
+from src.device import matrix_rate, seconds_of
 
 READS = 10  # of a buffer far larger than any cache; what one of them reaches, no work does for long
 

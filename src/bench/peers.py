@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from src.bench.rivals import serve
 from src.model.config import GPTConfig
-from src.training.device import seconds_of
+from src.device import seconds_of
 
 
 def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor, precision: str, device: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.bench.rivals import peak_memory
 from src.data.datamodule import TextDataModule
-from src.training.device import synchronise
+from src.device import synchronise
 
 PHASES = ("data", "forward", "backward", "optimizer")
 

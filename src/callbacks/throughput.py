@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from src.model.flops import flops_per_token, peak_flops
-from src.training.device import matrix_rate
+from src.device import matrix_rate
 
 
 class Throughput(Callback):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.evaluation.losses import TextLoss
-from src.figure import BLUE, new_figure
+from src.evaluation.figures import BLUE, new_figure
 from src.tokenizer import token_bytes
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from src.training.sealed import printable
+from src.checkpoint.sealed import printable
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".att.mask")  # masks that some files carry along
 DTYPES = (

@@ -17,7 +17,7 @@ from src.interop.checks import Refuse, RefusedError, check_tensors
 from src.interop.locate import HUGGINGFACE_FILES, read_json
 from src.interop.names import from_ours, listed, to_ours
 from src.model.config import GPTConfig
-from src.training.sealed import read_sealed
+from src.checkpoint.sealed import read_sealed
 
 OWN_KEY = "gpt2_lightning"  # of config.json: our config, where Hugging Face's has no word for it
 DEFAULTS = {  # of transformers' GPT2Config; and what of it this model computes

@@ -6,7 +6,7 @@ from typing import Any
 
 from src.interop.names import shapes
 from src.model.config import GPTConfig
-from src.training.sealed import printable
+from src.checkpoint.sealed import printable
 
 
 def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], name: str) -> str:

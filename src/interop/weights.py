@@ -17,8 +17,8 @@ from src.interop.names import to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
-from src.training.checkpoint import newest_good_checkpoint
-from src.training.sealed import DamagedError, printable, read_sealed, write_atomically
+from src.checkpoint.find import newest_good_checkpoint
+from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_atomically
 
 log = logging.getLogger(__name__)
 

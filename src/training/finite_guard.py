@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.files import write_json
 from src.tokenizer import token_ids_to_text
-from src.training.position import own_data
+from src.checkpoint.position import own_data
 
 MAX_ROLLBACKS = 3
 

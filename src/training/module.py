@@ -19,7 +19,7 @@ from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
 from src.training.loss import next_token_loss
 from src.training.optim import build_optimizer, learning_rate_at
-from src.training.position import own_data, rescale_position, restore_position, write_position, write_run
+from src.checkpoint.position import own_data, rescale_position, restore_position, write_position, write_run
 from src.training.sharded import FullyShardedStrategy, share_out
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from src.training.sealed import DamagedError, link, printable, read_sealed
+from src.checkpoint.sealed import DamagedError, link, printable, read_sealed
 
 log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path, key: str = "ckpt_path", unsealed: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint of a run. See :func:`~src.training.sealed.read_sealed`.
+    """The content of a checkpoint of a run. See :func:`~src.checkpoint.sealed.read_sealed`.
 
     Raises:
         ValueError: a file of another kind.
@@ -42,7 +42,7 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def newest_good_checkpoint(folder: Path, unsealed: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint in ``folder`` of the latest step that is sound, with its content; damaged ones are reported.
-    See :func:`~src.training.sealed.read_sealed` for ``unsealed``."""
+    See :func:`~src.checkpoint.sealed.read_sealed` for ``unsealed``."""
     files = [path for path in folder.glob("*.ckpt") if path.is_file()]  # a pipe would be waited for
     for path in sorted(files, key=lambda path: (_step_that_it_claims(path), path.name == "last.ckpt"), reverse=True):
         try:

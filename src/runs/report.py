@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src import cli, processes
-from src.resume import as_typed, command_to_resume
+from src.cli import app
+from src.runs import processes
+from src.cli.resume import as_typed, command_to_resume
 from src.training.config import EvalConfig
-from src.training.interruption import Interrupted
+from src.checkpoint.interruption import Interrupted
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -40,7 +41,7 @@ def judge_initial_loss(loss: float, vocab_size: int) -> None:
 
 def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
     """Training may have made a model worse than it was ``before``, at step 0, which no checkpoint holds."""
-    from src.callbacks.checkpoints import RunCheckpoints
+    from src.checkpoint.callbacks import RunCheckpoints
 
     best = (callback.best for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoints))
     if min([after, *best]) > before:
@@ -69,7 +70,7 @@ def hyperparameters(cfg: DictConfig, record: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    return dict(_flat(OmegaConf.to_container(cli.compose("train", []))))
+    return dict(_flat(OmegaConf.to_container(app.compose("train", []))))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -123,7 +124,7 @@ def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
 
 def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
     """One line on what ran out or died and how to get on; None for any other error."""
-    from src.training.device import is_out_of_memory
+    from src.device import is_out_of_memory
 
     message = str(error)
     resume = shlex.quote(f"resume={as_typed(folder)}") if (folder / "run.json").exists() else "the same command again"

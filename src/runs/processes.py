@@ -18,10 +18,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from src import cli
-from src.resume import quoted
+from src.cli import app
+from src.cli.resume import quoted
 
-STARTED_HERE = "GPT2_LIGHTNING_PROCESS"  # "run" or "sweep" in the environment of a process that src.launch made
+STARTED_HERE = "GPT2_LIGHTNING_PROCESS"  # "run" or "sweep" in the environment of a process that src.runs.launch made
 ARRIVAL = timedelta(minutes=10)  # that processes wait for each other before training
 
 
@@ -67,12 +67,12 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
 
     def with_folder() -> list[str]:
         if {"-m", "--multirun"} & set(sys.argv):
-            cli.fail(["-m makes one run after another and starts the processes of each: leave torchrun or srun away"])
+            app.fail(["-m makes one run after another and starts the processes of each: leave torchrun or srun away"])
         arguments = make()
         if any(argument.startswith("-") for argument in arguments):
             return arguments
         given = [argument for argument in arguments if argument.startswith("hydra.run.dir=")]
-        folder = cli.compose("train", arguments, return_hydra_config=True).hydra.run.dir
+        folder = app.compose("train", arguments, return_hydra_config=True).hydra.run.dir
         return arguments if given else [*arguments, f"hydra.run.dir={quoted(folder)}"]
 
     arguments = peers().said_by_rank_zero(with_folder)
@@ -184,6 +184,6 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def told_elsewhere(error: BaseException) -> bool:
-    """Tell the other processes that this one fails; whether another one, or src.launch, is to tell the user why."""
+    """Tell the other processes that this one fails; whether another one, or src.runs.launch, is to tell the user why."""
     first = peers().first_to_fail()
     return not first or (STARTED_HERE in os.environ and lost_peer(error.__cause__ or error))

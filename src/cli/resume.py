@@ -17,10 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src import cli
+from src.cli import app
 from src.interop.locate import run_folder
-from src.record import read_record, signature
-from src.training.interruption import Interrupted
+from src.runs.record import read_record, signature
+from src.checkpoint.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def data_of_run(weights: str) -> dict[str, Any]:
     config = read_record(folder).get("config") if folder else None
     data = config.get("data") if isinstance(config, dict) else None
     if data is None and file.suffix == ".ckpt" and file.is_file():
-        from src.training.sealed import read_sealed  # imports PyTorch
+        from src.checkpoint.sealed import read_sealed  # imports PyTorch
 
         content = read_sealed(file, "weights", unsealed=True)
         run = content.get("run") if isinstance(content, dict) else None
@@ -144,12 +144,12 @@ def _saved_overrides(
 
 def _refuse_code(saved: list[str], asked: str) -> None:
     """A stranger's run folder is data: its overrides may choose among the code that ``conf`` names, and add none."""
-    known = {target for file in cli.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file))}
+    known = {target for file in app.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file))}
     for override in saved:
         if override.startswith("-") or _key(override).startswith("hydra") or "$" in override:
             raise ValueError(f"{asked} would bring {override} along: give it again if you trust it")
     try:
-        foreign = set(_targets(cli.compose("train", saved))) - known
+        foreign = set(_targets(app.compose("train", saved))) - known
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{asked}: its overrides do not compose any more ({reason}): {COPY}") from None

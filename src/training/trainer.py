@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.training.config import EvalConfig
-from src.training.interruption import Interruption
+from src.checkpoint.interruption import Interruption
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -24,10 +24,10 @@ DEFAULT_EPOCHS = 10
 def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> Trainer:
     from lightning.pytorch import Trainer
 
-    from src.callbacks.checkpoints import RunCheckpoints
-    from src.callbacks.evaluation import NEVER, EvaluationSchedule
-    from src.training.checkpoint_io import SealedCheckpointIO
-    from src.training.device import pick_accelerator, pick_precision
+    from src.checkpoint.callbacks import RunCheckpoints
+    from src.training.evaluation import NEVER, EvaluationSchedule
+    from src.checkpoint.plugin import SealedCheckpointIO
+    from src.device import pick_accelerator, pick_precision
     from src.training.sharded import FullyShardedStrategy
 
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src import processes
+from src.runs import processes
 from src.model.config import GPTConfig
 from src.training.config import ScheduleConfig
 

@@ -22,10 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from src.help import help_text
-from src.training.interruption import Interrupted, Interruption
+from src.cli.help import help_text
+from src.checkpoint.interruption import Interrupted, Interruption
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 log = logging.getLogger(__name__)
 

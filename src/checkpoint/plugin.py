@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from src.training.checkpoint import read_checkpoint
-from src.training.sealed import write_atomically
+from src.checkpoint.find import read_checkpoint
+from src.checkpoint.sealed import write_atomically
 
 
 class SealedCheckpointIO(TorchCheckpointIO):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.figure import BLUE, SKY, VERMILLION, label_log_axis, new_figure, short, smooth
+from src.evaluation.figures import BLUE, SKY, VERMILLION, label_log_axis, new_figure, short, smooth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.processes import STARTED_HERE, FailedElsewhere, sweeping, world_size
-from src.resume import as_typed, quoted
-from src.training.interruption import SIGNALS, Interrupted, heeded_signals
+from src.runs.processes import STARTED_HERE, FailedElsewhere, sweeping, world_size
+from src.cli.resume import as_typed, quoted
+from src.checkpoint.interruption import SIGNALS, Interrupted, heeded_signals
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PATIENCE = 30  # seconds that the others have to end by themselves once one has failed
@@ -85,7 +85,7 @@ def devices_here(cfg: DictConfig) -> int:
         return max(count, 1)
     import torch
 
-    from src.training.device import pick_accelerator
+    from src.device import pick_accelerator
 
     picked = pick_accelerator(accelerator)
     if picked == "cuda":

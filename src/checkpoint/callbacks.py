@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from src.training.interruption import Interruption
-from src.training.sealed import link
+from src.checkpoint.interruption import Interruption
+from src.checkpoint.sealed import link
 
 
 class RunCheckpoints(Checkpoint):

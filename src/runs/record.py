@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from src.files import read_json, remove_folder, write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
 LINGERING = 15  # seconds
 KEY_BYTES = 32

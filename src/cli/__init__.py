@@ -1,0 +1,1 @@
+"""The command line: Hydra composes, errors are one line, help shows the comments of conf/."""
