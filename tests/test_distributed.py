@@ -39,7 +39,7 @@ class Poison(Callback):
     done = False
     def on_before_backward(self, trainer, pl_module, loss):
         if trainer.global_rank == 1 and trainer.global_step == 2 and not Poison.done:
-            pl_module._step.losses[-1] = loss.new_tensor(float("nan"))  # the gradient stays finite
+            pl_module.step_losses[-1] = loss.new_tensor(float("nan"))  # the gradient stays finite
             Poison.done = True
 """
 

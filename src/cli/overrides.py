@@ -107,7 +107,7 @@ def _parse(config_name: str, overrides: list[str], sweeping: bool) -> tuple[list
 
 
 def _first_choices(overrides: Iterable[Override]) -> list[str]:
-    """``overrides`` with the first value of each sweep; null, or the default of a group, where only a sweeper knows it."""
+    """``overrides`` with the first value of each sweep: null, or a group's default, where only a sweeper knows it."""
     found = []
     for override in overrides:
         if not override.is_sweep_override():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import secrets
@@ -42,9 +43,9 @@ OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "eve
 class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
-    As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended; a run
-    that trained nothing leaves nothing. ``config`` is the whole configuration; ``resumed`` keeps what an earlier process
-    recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
+    As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended. A
+    run that trained nothing leaves nothing. ``config`` is the whole configuration; ``resumed`` keeps what an earlier
+    process recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
 
     Raises:
         ValueError: another process uses the folder, or, unless ``resumed``, it holds a run.
@@ -107,6 +108,9 @@ class RunRecord:
             raise ValueError(
                 f"{folder} is in use by another process; stop that, or use hydra.run.dir=<a new folder>"
             ) from None
+        if odd := [path for name in OUTPUTS for path in folder.glob(name) if not (path.is_file() or path.is_dir())]:
+            self._lock.release()
+            raise ValueError(f"{odd[0]} is neither a file nor a folder; remove it, or use hydra.run.dir=<a new folder>")
         if not self._resumed and (taken := [name for name in OUTPUTS if any(folder.glob(name))]):
             self._lock.release()
             raise ValueError(
@@ -159,8 +163,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {
         key: value
         for key, value in read_json(folder / "run.json").items()
-        if key not in KINDS or (isinstance(value, KINDS[key]) and not isinstance(value, bool))
+        if key not in KINDS or _is_sound(value, KINDS[key])
     }
+
+
+def _is_sound(value: Any, kind: Any) -> bool:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and finite
 
 
 def signature(overrides: list[str]) -> str | None:

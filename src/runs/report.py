@@ -114,7 +114,7 @@ def print_interrupted(interrupted: Interrupted, folder: Path, command: str) -> N
 
 @contextmanager
 def explained(config: TrainConfig, folder: Path, resume: str) -> Iterator[None]:
-    """Turn what ran out or died in a run into a ValueError of one line; ``resume`` is the override that continues it."""
+    """Turn what ran out or died in a run into a ValueError of one line; ``resume`` is the override to continue it."""
     try:
         yield
     except Exception as error:

@@ -64,8 +64,8 @@ class Start:
             if before.get(key, now[key]) != now[key]:
                 raise ValueError(
                     f"data.path={data.config.source} has another {what} than {self.path} was trained on ({key} "
-                    f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for a "
-                    f"new run on this one"
+                    f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for "
+                    f"a new run on this one"
                 )
         windows = batches * data.batch_windows
         if (expected := self.checkpoint.get("epoch_windows", windows)) != windows:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
+from src.training.finite_guard import FiniteGuard
 from src.training.loss import next_token_loss
 from src.training.optim import apply_rates, build_optimizer, learning_rate_at
 from src.training.sharded import FullyShardedStrategy, shard
@@ -94,6 +95,7 @@ class PretrainingModule(LightningModule):
             self.log("train/loss", self.trainer.strategy.reduce(torch.stack(self.step_losses), reduce_op="mean").mean())
         else:  # all of the step's batches were skipped: change nothing
             optimizer.zero_grad()
+        self._scale_short_step(optimizer)
         self.step_losses = []
         self.log_exactly(
             step=self.global_step + 1,
@@ -101,6 +103,17 @@ class PretrainingModule(LightningModule):
             lr=optimizer.param_groups[0]["lr"],
             tokens_seen=self.tokens_seen,
         )
+
+    def _scale_short_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient the mean over the step's micro-batches where a user's data end an epoch with fewer of them
+        than ``accumulate_grad_batches``, by which Lightning divides."""
+        asked = self.trainer.accumulate_grad_batches
+        left = (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % asked
+        if left and self.trainer.is_last_batch:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(asked / left)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -135,6 +148,10 @@ class PretrainingModule(LightningModule):
         self.evaluated = {key: loss.item() for key, loss in losses.items()}
 
     # Optimizer, schedule, devices
+
+    def configure_callbacks(self) -> list[Callback]:
+        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)
+        return [] if guarded else [FiniteGuard()]  # in a Trainer of the user's own, which clips by itself
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.net, self.optimizer_config)

@@ -74,7 +74,7 @@ def shard(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
 
 
 def whole_net(net: GPT, trainer: Trainer) -> GPT | None:
-    """``net`` as rank 0 can use it without the other ranks; None on these where it is sharded. Every rank must call it."""
+    """``net`` as rank 0 can use it without the other ranks; None on these where it is sharded. Every rank calls it."""
     if not isinstance(trainer.strategy, FullyShardedStrategy):
         return net
     weights = trainer.strategy.lightning_module_state_dict()  # empty but on rank 0
