@@ -25,7 +25,7 @@ from src.checkpoint.find import read_checkpoint
 from src.training.config import ScheduleConfig
 from src.checkpoint.interruption import Interrupted
 from src.training.optim import learning_rate_at
-from src.checkpoint.sealed import link
+from src.files import link
 from src.verify_resume import first_difference
 
 WATCHED = ("callbacks.text_samples.max_new_tokens=3", "~callbacks.loss_plot", "eval.batches=2")

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from src.checkpoint.interruption import Interruption
-from src.checkpoint.sealed import link
+from src.files import link
 
 
 class RunCheckpoints(Checkpoint):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from src.checkpoint.sealed import DamagedError, link, printable, read_sealed
+from src.checkpoint.sealed import DamagedError, printable, read_sealed
+from src.files import link
 
 log = logging.getLogger(__name__)
 

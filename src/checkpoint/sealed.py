@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.serialization import config
 
+from src.files import link, replacing
+
 SEAL = b"sha256:"  # 64 hexadecimal digits follow; together the comment of the zip archive that torch.save writes
 SEAL_BYTES = len(SEAL) + 64
 LARGEST_PICKLE = 2**24  # bytes that are searched for the names of functions
@@ -49,17 +51,15 @@ def write_atomically(content: dict[str, Any], path: Path, previous: Path | None 
             f"optimizer.learning_rate=<less>, then resume=<run folder>"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     needed = sum(tensor.nbytes for tensor in tensors)
     try:
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("no space left on device")
-        with _SealedWriter(part) as file, config.patch("save.compute_crc32", False):  # the SHA-256 checks more
-            torch.save(content, file)
-        if previous is not None and path.exists():
-            link(path, previous)
-        part.replace(path)
-        _flush(path.parent)
+        with replacing(path, durable=True) as part:
+            with _SealedWriter(part) as file, config.patch("save.compute_crc32", False):  # the SHA-256 checks more
+                torch.save(content, file)
+            if previous is not None and path.exists():
+                link(path, previous)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
         free = shutil.disk_usage(path.parent).free
         reason = "the disk is full" if free < needed else str(error).splitlines()[0]
@@ -67,8 +67,6 @@ def write_atomically(content: dict[str, Any], path: Path, previous: Path | None 
             f"{path} could not be written ({reason}): it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
             f"free some, then resume=<run folder>, or hydra.run.dir=<a folder on another disk>"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
@@ -131,26 +129,6 @@ class _SealedWriter(io.RawIOBase):
         if not self.closed:
             os.close(self._file)
         super().close()
-
-
-def link(path: Path, name: Path) -> None:
-    """Let the file at ``path`` be ``name`` too; there is a whole file at either at any moment."""
-    part = name.with_name(name.name + ".part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, part)
-    part.replace(name)
-
-
-def _flush(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_sealed(path: Path, key: str, unsealed: bool = False) -> Any:
