@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.checkpoint.find import read_checkpoint
 from src.checkpoint.interruption import Interrupted
-from src.checkpoint.sealed import link
 from src.cli import overrides as cli
 from src.cli.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
+from src.files import link
 from src.runs.record import read_record, signature
 from src.training.config import ScheduleConfig
 from src.training.optim import learning_rate_at
@@ -727,7 +727,7 @@ def test_damaged_metrics_are_kept_aside(tiny_run, cut, caplog, damage, rows):
     aside = list(cut.glob("metrics_damaged_*.csv"))
     if damaged and expected[-3] not in damaged:
         assert [path.read_bytes() for path in aside] == [damaged]
-        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows go on" in caplog.text
+        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows are kept" in caplog.text
     steps = [line.split(b",")[0] for line in file.read_bytes().splitlines()]
     assert steps[0] == b"step"
     assert steps[-1] == b"12"

@@ -322,7 +322,7 @@ def test_continuing_with_another_model_is_refused(tiny_run, tmp_path):
     ckpt = run.folder / "checkpoints" / "last.ckpt"
     weights = tmp_path / "weights.pt"
     save_weights(run.module.net, weights)
-    with pytest.raises(ValueError, match=r"no optimizer to go on with: weights="):
+    with pytest.raises(ValueError, match=r"no optimizer state to resume from; use weights="):
         tiny_run(f"ckpt_path={weights}")
     with pytest.raises(
         ValueError, match=r"model\.n_layers=3 differs from 2 in .*, which brings its own model: leave model"
