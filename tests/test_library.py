@@ -108,7 +108,7 @@ def test_last_group_of_an_epoch_of_own_data_is_a_mean(trainer):
     loader = DataLoader(torch.utils.data.Subset(windows, range(9)), batch_size=1)
     gradients = []
 
-    def watch(optimizer, *_) -> None:  # the last hook before the update
+    def watch(optimizer, **_) -> None:  # the last hook before the update
         gradients.append(module.net.head.weight.grad.clone())
 
     model = GPTConfig(context_length=16, emb_dim=32, n_heads=4, n_layers=1, drop_rate=0.0)
