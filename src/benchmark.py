@@ -242,7 +242,6 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
 
     from src.bench.training import Pacer
     from src.training.trainer import build_trainer
-    from src.device import keep_freed_memory
     from src.checkpoint.interruption import Interruption
 
     cfg = OmegaConf.create(config)
@@ -250,13 +249,11 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
         OmegaConf.update(cfg, key, value)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(cfg, Path(folder), Interruption())
-        if trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
         seed_everything(cfg.seed, verbose=False)
         datamodule = instantiate(cfg.data)
         datamodule.setup()
         trainer.callbacks.append(Pacer(connection, datamodule))
-        trainer.fit(build_module(cfg), datamodule=datamodule)
+        trainer.fit(build_module(cfg, trainer.strategy.root_device.type), datamodule=datamodule)
 
 
 def _batches(cfg: DictConfig, count: int = 16) -> Tensor:

@@ -228,7 +228,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
 
     from src.interop.weights import read_weights
     from src.checkpoint.find import make_last, newest_good_checkpoint
-    from src.device import device_name, keep_freed_memory
+    from src.device import device_name
     from src.training.finite_guard import MAX_ROLLBACKS, NonFiniteError
     from src.training.optim import batches_per_epoch, planned_steps
 
@@ -241,8 +241,6 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
     if cfg.weights or cfg.ckpt_path or cfg.tokens_per_step:
         record.update(config=OmegaConf.to_container(cfg, resolve=True))
     trainer = build_trainer(cfg, folder, interruption)
-    if trainer.strategy.root_device.type == "cpu":
-        keep_freed_memory()
     seed_everything(cfg.seed, verbose=False)
     share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     datamodule = instantiate(
@@ -266,7 +264,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
                 f"trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
 
-    module = build_module(cfg)
+    module = build_module(cfg, trainer.strategy.root_device.type)
     module.schedule_steps = steps_of_schedule(cfg, checkpoint, steps)
     if cfg.weights and path is None:
         module.net.load_state_dict(weights)
@@ -357,18 +355,23 @@ def _fit(run: Run, cfg: DictConfig, path: Path | None, record: RunRecord) -> Run
     return run
 
 
-def build_module(cfg: DictConfig) -> PretrainingModule:
-    """What ``cfg`` trains, its parameters drawn from ``cfg.seed``."""
+def build_module(cfg: DictConfig, device: str) -> PretrainingModule:
+    """What ``cfg`` trains on ``device``, its parameters drawn from ``cfg.seed``."""
     import torch
 
+    from src.kernels.install import use_fast_kernels
+    from src.kernels.training import compile_training, recompute_activations
     from src.training.module import PretrainingModule
 
     torch.manual_seed(cfg.seed)
     config = OmegaConf.to_container(cfg, resolve=True)
     module = PretrainingModule(config["model"], config["optimizer"], config["schedule"], cfg.seed)
-    module.net.checkpoint_activations = cfg.activation_checkpointing
+    if cfg.kernels == "fast":
+        use_fast_kernels(module.net, device)
+    if cfg.activation_checkpointing:
+        recompute_activations(module.net)
     if cfg.compile:
-        module.net.compile()
+        compile_training(module.net)
     return module
 
 

@@ -23,6 +23,7 @@ class RunConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     dry_run: bool = False
+    kernels: str = "fast"
 
     def __post_init__(self) -> None:
         found = []
@@ -30,6 +31,8 @@ class RunConfig:
             found.append(f"seed={self.seed} cannot be negative: seed=123")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             found.append(f"tokens_per_step={self.tokens_per_step} must be at least 1: tokens_per_step=524288")
+        if self.kernels not in ("fast", "plain"):
+            found.append(f"kernels={self.kernels} is not one of fast, plain; use kernels=fast")
         if self.finite_guard not in ("stop", "rollback"):
             found.append(f"finite_guard={self.finite_guard} is neither stop nor rollback: finite_guard=stop")
         for key in ("ckpt_path", "weights"):

@@ -8,16 +8,18 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.kernels.install import has_fast_kernels
+from src.kernels.loss import fused_loss
+from src.model.architectures import build_model
 from src.model.config import GPTConfig
-from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import StepSoFar, stop
-from src.training.loss import next_token_loss
 from src.training.optim import build_optimizer, learning_rate_at
 from src.checkpoint.position import own_data, rescale_position, restore_position, write_position, write_run
 from src.training.sharded import FullyShardedStrategy, share_out
@@ -52,7 +54,7 @@ class PretrainingModule(LightningModule):
         self.optimizer_config = OptimizerConfig(**plain["optimizer"])
         self.schedule_config = ScheduleConfig(**plain["schedule"])
         self.seed = seed
-        self.net = GPT(GPTConfig(**plain["model"]))
+        self.net = build_model(GPTConfig(**plain["model"]))
         self.tokens_seen = 0
         self.steps_made = 0  # by this process
         self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
@@ -67,9 +69,11 @@ class PretrainingModule(LightningModule):
         return self.net(tokens)
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Of the model's predictions from ``inputs`` ``(B, T)``; see :func:`~src.training.loss.next_token_loss`."""
-        compiled = self.net.compiled and torch.is_grad_enabled()
-        return next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction, compiled)
+        """Cross-entropy in nats, the mean or sum over ``targets`` ``(B, T)``, of the predictions from ``inputs``."""
+        if has_fast_kernels(self.net):
+            return fused_loss(self.net, inputs, targets, reduction)
+        logits = self.net(inputs)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
     @property
     def epochs_seen(self) -> float:
