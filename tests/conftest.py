@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import torch
 
-from src.cli import app
+from src.cli import overrides as cli
 from src.model.config import GPTConfig
 from src.train import Run, train
 
@@ -81,7 +81,7 @@ def tiny_run(tmp_path, text):
     numbers = itertools.count()
 
     def run(*overrides: str, folder: Path | None = None, resume: Path | None = None, model=TINY) -> Run:
-        cfg = app.compose(
+        cfg = cli.compose(
             "train",
             [
                 *model,

@@ -13,7 +13,7 @@ from torch import nn
 
 from src.bench.machine import work
 from src.bench.rivals import Rival
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT

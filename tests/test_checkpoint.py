@@ -17,14 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.cli.app import CONF
+from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
+from src.checkpoint.plugin import SealedCheckpointIO
+from src.checkpoint.sealed import DamagedError, write_atomically
+from src.cli.overrides import CONF
 from src.interop.weights import load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training import sealed
-from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
-from src.checkpoint.plugin import SealedCheckpointIO
-from src.checkpoint.sealed import DamagedError, write_atomically
 
 
 def content_of(step: int, size: int = 100) -> dict:

@@ -13,12 +13,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from src import benchmark, evaluate, export, generate, prepare
-from src.cli import app
+from src.cli import overrides as cli
 from src.model.config import GPTConfig
 from src.train import find_problems
 from src.training.sharded import FullyShardedStrategy
 
-FILES = sorted(str(file.relative_to(app.CONF).with_suffix("")) for file in app.CONF.rglob("*.yaml"))
+FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 
 
 OTHERS = {"generate": generate, "evaluate": evaluate, "export": export, "prepare": prepare, "benchmark": benchmark}
@@ -36,11 +36,11 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
         overrides += ["data=story"] if command == "evaluate" else []
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
-        assert OTHERS[command].find_problems(app.compose(command, overrides), *raw) == []
+        assert OTHERS[command].find_problems(cli.compose(command, overrides), *raw) == []
         return
     if file in ("data/text", "data/shards", "experiment/gpt2_124m", "experiment/optimizers"):
         overrides.append(f"data.path={tmp_path}")
-    cfg = app.compose(file if not group else "train", overrides)
+    cfg = cli.compose(file if not group else "train", overrides)
     assert find_problems(cfg) == []
     GPTConfig(**cfg.model)
     instantiate(cfg.data)
@@ -54,7 +54,7 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
 
 
 def test_trainer_keys_are_lightnings():
-    mine = set(app.compose("train", []).trainer)
+    mine = set(cli.compose("train", []).trainer)
     lightnings = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
     assert mine == lightnings - {"callbacks", "logger", "default_root_dir"}
 
@@ -65,7 +65,7 @@ def test_every_knob_has_a_comment():
     for file in FILES:
         if file.startswith(("debug", "experiment")) or file in lightnings_own:
             continue
-        for line in (app.CONF / f"{file}.yaml").read_text().split("\nhydra:")[0].splitlines():
+        for line in (cli.CONF / f"{file}.yaml").read_text().split("\nhydra:")[0].splitlines():
             if "_lr" in line or "batch" in line or "steps" in line:
                 assert "#" in line, f"{file}: {line}"
 
@@ -157,7 +157,7 @@ BAD = {
 
 @pytest.mark.parametrize("overrides", BAD)
 def test_bad_override_is_one_line_with_its_cure(overrides):
-    problems = app._find_problems("train", overrides.split(), find_problems)
+    problems = cli.find_problems("train", overrides.split(), find_problems)
     assert len(problems) == 1, problems
     assert "\n" not in problems[0]
     assert overrides.split()[-1].split("=")[0].lstrip("+").split(".")[-1] in problems[0]
@@ -189,7 +189,7 @@ GOOD = [
 
 @pytest.mark.parametrize("overrides", GOOD)
 def test_good_override_passes(overrides):
-    assert app._find_problems("train", overrides.split(), find_problems) == []
+    assert cli.find_problems("train", overrides.split(), find_problems) == []
 
 
 def test_an_argument_that_is_new_in_lightning_composes(monkeypatch):
@@ -197,18 +197,18 @@ def test_an_argument_that_is_new_in_lightning_composes(monkeypatch):
         pass
 
     overrides = ["+trainer.new_argument=1"]
-    assert "new_argument" in app._find_problems("train", overrides, find_problems)[0]
+    assert "new_argument" in cli.find_problems("train", overrides, find_problems)[0]
     monkeypatch.setattr(L.Trainer, "__init__", of_the_future)
-    assert app._find_problems("train", overrides, find_problems) == []
-    assert app.compose("train", overrides).trainer.new_argument == 1
+    assert cli.find_problems("train", overrides, find_problems) == []
+    assert cli.compose("train", overrides).trainer.new_argument == 1
 
 
 def test_keys_of_an_experiment_of_ones_own(tmp_path, monkeypatch):
-    shutil.copytree(app.CONF, tmp_path / "conf")
+    shutil.copytree(cli.CONF, tmp_path / "conf")
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nnotes:\n  author: me\n")
-    monkeypatch.setattr(app, "CONF", tmp_path / "conf")
-    assert app._find_problems("train", ["experiment=mine", "notes.author=you"], find_problems) == []
-    (problem,) = app._find_problems("train", ["experiment=mine", "notes.autor=you"], find_problems)
+    monkeypatch.setattr(cli, "CONF", tmp_path / "conf")
+    assert cli.find_problems("train", ["experiment=mine", "notes.author=you"], find_problems) == []
+    (problem,) = cli.find_problems("train", ["experiment=mine", "notes.autor=you"], find_problems)
     assert "did you mean notes.author?" in problem
 
 
@@ -221,7 +221,7 @@ def test_a_switch_means_what_it_says(text, tiny_run):
 
 def test_several_problems_at_once():
     overrides = ["model.n_heads=7", "data.batch_size=0", "optimizer.decay=none", "eval.every_steps=0"]
-    assert len(app._find_problems("train", overrides, find_problems)) == 4
+    assert len(cli.find_problems("train", overrides, find_problems)) == 4
 
 
 def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
@@ -232,7 +232,7 @@ def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
         "except SystemExit as stop: status = stop.code\n"
         "print(status, sorted({'torch', 'lightning', 'matplotlib', 'tiktoken'} & set(sys.modules)))"
     )
-    env = {**os.environ, "PYTHONPATH": str(app.CONF.parent)}
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout == "1 []\n"
     assert done.stderr.startswith("error: optimizer.lr is no key of train: did you mean optimizer.learning_rate?")
@@ -248,7 +248,7 @@ def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_p
         f"runpy.run_module('src.{command}', run_name='__main__')\n"
         "print(sorted({'torch', 'lightning', 'matplotlib', 'tiktoken', 'rich', 'tensorboard'} & set(sys.modules)))"
     )
-    env = {**os.environ, "PYTHONPATH": str(app.CONF.parent)}
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     *text, loaded = done.stdout.splitlines()
@@ -263,7 +263,7 @@ def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_p
     }
     assert groups == own.get(command, own["train"])
     keys = {line.split(":")[0].strip() for line in text if line.startswith("  ") and ":" in line}
-    assert keys >= {name.split(".")[-1] for name in app._keys(app.compose(command, []))}
+    assert keys >= {name.split(".")[-1] for name in cli.keys_of(cli.compose(command, []))}
 
 
 def test_help_shows_what_is_chosen_with_its_own_comments(command):
@@ -304,7 +304,7 @@ def test_commands_load_what_they_use(command, tmp_path, small_weights, text):
         f"runpy.run_module('src.{command}', run_name='__main__')\n"
         f"print(sorted({foreign!r} & set(sys.modules)))"
     )
-    env = {**os.environ, "PYTHONPATH": str(app.CONF.parent)}
+    env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
@@ -313,4 +313,4 @@ def test_commands_load_what_they_use(command, tmp_path, small_weights, text):
 def test_names_nearest_by_part_initials_and_spelling():
     keys = ["optimizer.learning_rate", "optimizer.eps", "data.batch_size", "model.n_layers"]
     for typo, key in itertools.chain([("lr", keys[0]), ("data.bs", keys[2]), ("model.layers", keys[3])]):
-        assert app._nearest(typo, keys) == key
+        assert nearest(typo, keys) == key

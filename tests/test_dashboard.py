@@ -19,7 +19,7 @@ import pytest
 from conftest import column, metrics_of
 
 from src.callbacks.dashboard import Dashboard
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 
 COMMAND = re.search(r"^tensorboard --logdir outputs (.*)$", (CONF.parent / "README.md").read_text(), re.M)[1]
 SCREENSHOTS = CONF.parent / "outputs" / "screenshots"

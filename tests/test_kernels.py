@@ -1,7 +1,6 @@
 """Each kernel computes what the plain operation does that it takes the place of."""
 
 import copy
-import dataclasses
 import math
 import shutil
 
@@ -25,7 +24,7 @@ from src.model.gpt import GPT
 
 def build(config: GPTConfig, **changes) -> GPT:
     torch.manual_seed(0)
-    return GPT(dataclasses.replace(config, **changes))
+    return GPT(config.changed(**changes))
 
 
 def plain(hidden, head, targets, reduction="mean"):

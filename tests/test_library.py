@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from src.callbacks.console import Console
-from src.callbacks.plots import LossPlot
 from src.callbacks.perplexity import Perplexity
+from src.callbacks.plots import LossPlot
 from src.callbacks.text_samples import TextSamples
 from src.callbacks.throughput import Throughput
 from src.data.datamodule import TextDataModule

@@ -1,16 +1,17 @@
-import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from src.checkpoint.find import read_checkpoint
+from src.interop.weights import load_weights
 from src.model.architectures import ARCHITECTURES, build_model
 from src.model.cache import KVCache
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
+from src.training.module import PretrainingModule
 
 GPT2 = {"context_length": 1024, "qkv_bias": True, "tie_weights": True}
 SIZES = {"small": (768, 12, 12), "medium": (1024, 16, 24), "large": (1280, 20, 36), "xl": (1600, 25, 48)}
@@ -32,7 +33,7 @@ class ReluSquaredGPT(GPT):
 
 def build(config: GPTConfig, **changes) -> GPT:
     torch.manual_seed(0)
-    return GPT(dataclasses.replace(config, **changes))
+    return GPT(config.changed(**changes))
 
 
 def parameters(net: nn.Module) -> int:
@@ -176,21 +177,21 @@ def test_each_place_of_dropout_counts(tiny):
     [
         (
             {"n_heads": 5},
-            r"model\.emb_dim=24 is not divisible by model\.n_heads=5: model\.n_heads=4 or model\.emb_dim=25",
+            r"model\.emb_dim=24 is not divisible by model\.n_heads=5; use model\.n_heads=4 or model\.emb_dim=25",
         ),
-        ({"n_layers": 0}, r"model\.n_layers=0 must lie between 1 and 10,000: model\.n_layers=12"),
-        ({"n_layers": 10**9}, r"model\.n_layers=1000000000 must lie between 1 and 10,000"),
-        ({"emb_dim": 10**12}, r"model\.emb_dim=1000000000000 must lie between"),
-        ({"n_heads": 10**12}, r"model\.n_heads=1000000000000 must lie between"),
+        ({"n_layers": 0}, r"^model\.n_layers=0 must be at least 1; use model\.n_layers=12$"),
+        ({"n_layers": 10**9}, r"model\.n_layers=1000000000 must be at most 10,000; use"),
+        ({"emb_dim": 10**12}, r"model\.emb_dim=1000000000000 must be at most"),
+        ({"n_heads": 10**12}, r"model\.n_heads=1000000000000 must be at most"),
         ({"emb_dim": 99_991, "n_heads": 99_990}, r"model\.n_heads=1 or"),
-        ({"drop_rate": 1.0}, r"model\.drop_rate=1\.0 must lie in \[0, 1\)"),
-        ({"init": "zeros"}, r"model\.init='zeros' is"),
+        ({"drop_rate": 1.0}, r"model\.drop_rate=1\.0 must be below 1\.0; use model\.drop_rate=0\.1"),
+        ({"init": "zeros"}, r"^model\.init=zeros is not one of gpt2, torch; use model\.init=gpt2$"),
         ({"init": "\x1b[31m\n" + "x" * 99}, r"^model\.init='\\x1b\[31m\\n\w*\.\.\.\w*' is"),
     ],
 )
 def test_impossible_shapes(tiny, changes, message):  # at once, however far it is to a divisor
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(tiny, **changes)
+        tiny.changed(**changes)
 
 
 def test_all_impossible_numbers_at_once():
@@ -206,9 +207,24 @@ def test_another_activation_is_another_model(tiny):
     assert type(gpt2) is GPT and not torch.allclose(net(tokens), gpt2(tokens))
 
 
+def test_a_model_class_of_ones_own_trains_and_loads_from_its_checkpoint(monkeypatch, tiny_run):
+    monkeypatch.setitem(ARCHITECTURES, "relu_squared", ReluSquaredGPT)
+    run = tiny_run("++model.architecture=relu_squared", "trainer.max_steps=2", "callbacks=none")
+    path = run.folder / "checkpoints" / "last.ckpt"
+    assert run.record["optimizer_steps"] == 2
+    assert read_checkpoint(path)["hyper_parameters"]["model"]["architecture"] == "relu_squared"
+    tokens = torch.randint(50257, (1, 8))
+    expected = run.module.eval()(tokens)
+    for net in load_weights(path), PretrainingModule.load_from_checkpoint(path).net.eval():
+        assert isinstance(net, ReluSquaredGPT)
+        assert torch.equal(net(tokens), expected)
+    monkeypatch.delitem(ARCHITECTURES, "relu_squared")  # on a machine that does not have the class
+    with pytest.raises(ValueError, match=r"model\.architecture=relu_squared is not one of gpt2; use"):
+        load_weights(path)
+
+
 def test_unknown_architecture(tiny, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "relu_squared", ReluSquaredGPT)
-    config = SimpleNamespace(**vars(tiny) | {"architecture": "os.system"})
     message = r"^model\.architecture=os\.system is not one of gpt2, relu_squared; use model\.architecture=gpt2$"
     with pytest.raises(ValueError, match=message):
-        build_model(config)
+        build_model(tiny.changed(architecture="os.system"))

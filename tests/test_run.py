@@ -21,7 +21,7 @@ import pytest
 from conftest import column, metrics_of
 from omegaconf import OmegaConf
 
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 from src.cli.sweep import SweepTable
 
 TINY = ["model=gpt2_tiny", "trainer.max_steps=2"]

@@ -11,13 +11,13 @@ import torch
 from conftest import FAST, TINY, column, metrics_of
 from torch.nn import functional as F
 
+from src.checkpoint.find import read_checkpoint
 from src.interop.huggingface import write_huggingface
 from src.interop.weights import load_weights, save_weights
 from src.kernels.training import CompiledTraining
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import encode
-from src.checkpoint.find import read_checkpoint
 from src.training.module import PretrainingModule
 from src.training.optim import planned_steps
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from src.bench.rivals import serve
+from src.device import seconds_of
 from src.generation.decode import generate
 from src.kernels.install import pack_for_decoding
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
-from src.device import seconds_of
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:

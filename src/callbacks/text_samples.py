@@ -1,7 +1,6 @@
 """What the model writes, as it learns."""
 
 import logging
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,9 @@ class TextSamples(Callback):
                     f"callbacks.text_samples.{key}={value} must be at least 1, or ~callbacks.text_samples for none"
                 )
         try:
-            self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+            self.sampling = Sampling(
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+            )
         except ValueError as error:
             raise ValueError("\n".join(f"callbacks.text_samples.{line}" for line in str(error).splitlines())) from None
         self.prompts = list(prompts)
@@ -118,12 +119,12 @@ class TextSamples(Callback):
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
         drawn = ", ".join(
             f"{key.replace('_', '-')} {value:g}"
-            for key, value in asdict(self.sampling).items()
+            for key, value in self.sampling
             if value is not None and (key != "repetition_penalty" or value != 1)
         )
         both = [[0.0], [self.sampling.temperature]]  # (2, 1): in one pass
         temperatures = torch.tensor(both, device=tokens.device)
-        sampling = replace(self.sampling, temperature=temperatures)
+        sampling = self.sampling.model_copy(update={"temperature": temperatures})
         rows = generate(
             net,
             tokens,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from src.model.flops import flops_per_token, peak_flops
 from src.device import matrix_rate
+from src.model.flops import flops_per_token, peak_flops
 
 
 class Throughput(Callback):

@@ -1,9 +1,24 @@
 """Where a run stands, written into a checkpoint so that Lightning goes on exactly there."""
 
-from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class RunPosition(Callback):
+    """Writes where a run stands into its checkpoints, with what they are of, and restores it exactly."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        write_position(trainer, checkpoint)
+        metrics = pl_module.evaluated if pl_module.evaluated_step == trainer.global_step else {}
+        write_run(trainer, checkpoint, pl_module.tokens_seen, metrics)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if data := own_data(trainer):
+            rescale_position(checkpoint, data.batch_windows)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restore_position(trainer)
 
 
 def write_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -54,13 +69,6 @@ def rescale_position(checkpoint: dict[str, Any], batch_windows: int) -> None:
         done = batches(count["processed"])
         over = count["completed"] - count["processed"]
         count |= {key: done for key in ("ready", "started", "processed")} | {"completed": done + over}
-    checkpoint["skipped_batches"] = sorted(
-        {
-            at // batch_windows
-            for batch in checkpoint["skipped_batches"]
-            for at in range(batch * before, (batch + 1) * before)
-        }
-    )
 
 
 def own_data(trainer: Trainer) -> Any | None:
@@ -68,12 +76,12 @@ def own_data(trainer: Trainer) -> Any | None:
     return trainer.datamodule if hasattr(trainer.datamodule, "fixed_values") else None
 
 
-def write_run(trainer: Trainer, checkpoint: dict[str, Any], metrics: dict[str, float]) -> None:
+def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, metrics: dict[str, float]) -> None:
     """Put what ``checkpoint`` is of into it: its step, tokens and ``metrics``, the text and how that was cut, and which
     windows every evaluation scores; and what a continued run cannot change without losing its meaning."""
     checkpoint["run"] = {
         "step": trainer.global_step,
-        "tokens_seen": checkpoint["tokens_seen"],
+        "tokens_seen": tokens_seen,
         "precision": str(trainer.precision),
         "metrics": metrics,
     }
@@ -81,7 +89,11 @@ def write_run(trainer: Trainer, checkpoint: dict[str, Any], metrics: dict[str, f
     if data is None:
         return
     scored = dict(zip(("val", "train"), map(len, data.eval_windows()), strict=True))
-    checkpoint["run"] |= {"data": asdict(data.config), "eval_tokens": data.eval_tokens, "eval_windows": scored}
+    checkpoint["run"] |= {
+        "data": data.config.model_dump(mode="json"),
+        "eval_tokens": data.eval_tokens,
+        "eval_windows": scored,
+    }
     checkpoint["fixed_values"] = {
         **data.fixed_values(),
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,

@@ -13,7 +13,7 @@ def build_model(config: GPTConfig) -> GPT:
     Raises:
         ValueError: ``config.architecture`` is not in ``ARCHITECTURES``.
     """
-    name = getattr(config, "architecture", "gpt2")
+    name = config.architecture
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"model.architecture={name} is not one of {known}; use model.architecture=gpt2")

@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.runs.processes import STARTED_HERE, FailedElsewhere, sweeping, world_size
-from src.cli.resume import as_typed, quoted
 from src.checkpoint.interruption import SIGNALS, Interrupted, heeded_signals
+from src.cli.resume import as_typed, quoted
+from src.runs.processes import STARTED_HERE, FailedElsewhere, sweeping, world_size
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PATIENCE = 30  # seconds that the others have to end by themselves once one has failed
