@@ -242,7 +242,6 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
 
     from src.bench.training import Pacer
     from src.checkpoint.interruption import Interruption
-    from src.device import keep_freed_memory
     from src.training.trainer import build_trainer
 
     cfg = OmegaConf.create(config)
@@ -250,8 +249,6 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
         OmegaConf.update(cfg, key, value)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(cfg, Path(folder), Interruption())
-        if trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
         seed_everything(cfg.seed, verbose=False)
         datamodule = instantiate(cfg.data)
         datamodule.setup()

@@ -120,6 +120,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src.evaluation.report import write_report
     from src.generation.text import check_vocabulary
     from src.interop.weights import build, read_weights_and_run
+    from src.kernels.install import use_fast_kernels
     from src.tokenizer import gpt2_tokenizer, token_byte_counts
 
     started = time.perf_counter()
@@ -136,6 +137,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     precision = config.precision or (run.get("precision") if run.get("precision") in PRECISIONS else PRECISIONS[0])
     dtype, autocast = _in_precision(precision, pick_accelerator(config.device, "device"))
     net = build(model, weights).to(autocast.device, dtype).eval()
+    use_fast_kernels(net, autocast.device)
     check_vocabulary(net, tokenizer)
     _check_model(config, net)
     for task, examples in chosen.items():

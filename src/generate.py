@@ -84,6 +84,7 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     from src.device import is_out_of_memory, pick_accelerator
     from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
+    from src.kernels.install import pack_for_decoding
     from src.tokenizer import gpt2_tokenizer
 
     config = GenerateConfig(**{field.name: cfg[field.name] for field in fields(GenerateConfig)})
@@ -93,7 +94,7 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
     ]
     dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     net = load_weights(config.weights, pick_accelerator(config.device, "device"), dtype=dtype)
-    net.pack()
+    pack_for_decoding(net)
     check_vocabulary(net, gpt2_tokenizer())
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -116,7 +116,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             batches = batches_per_epoch(trainer, len(data.train_dataloader()))
             steps = planned_steps(trainer, batches)
             start.check(data, batches, steps, finished=record.completed_before or not config.resume)
-            module = build_module(config, start.length(steps), start.skip_batches(data.batch_windows))
+            device = trainer.strategy.root_device.type
+            module = build_module(config, device, start.length(steps), start.skip_batches(data.batch_windows))
             if start.weights is not None:
                 module.net.load_state_dict(start.weights)
             check_disk(trainer, module, folder)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import column
+from torch import nn
 
 from src.bench.machine import work
 from src.bench.rivals import Rival
@@ -16,7 +17,6 @@ from src.cli.overrides import CONF
 from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT
-from src.model.linear import Linear
 
 SMALL = GPTConfig(context_length=1024, qkv_bias=True, tie_weights=True)
 
@@ -28,7 +28,7 @@ def test_operations_per_token():
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_weights": True}])
 def test_the_weights_that_multiply_are_those_of_linear_layers(tiny, changes):
     net = GPT(dataclasses.replace(tiny, **changes))
-    weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, Linear))
+    weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
     assert multiplying_parameters(net.config) == weights
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from src.bench.rivals import serve
 from src.device import seconds_of
 from src.generation.decode import generate
+from src.kernels.install import pack_for_decoding
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
@@ -18,7 +19,7 @@ def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str)
     torch.manual_seed(0)
     nets = {dtype: GPT(config).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
     for net in nets.values():
-        net.pack()
+        pack_for_decoding(net)
 
     def run(new_tokens: int, dtype: torch.dtype) -> float:
         tokens = prompt.to(device)

@@ -17,6 +17,7 @@ from src.interop.locate import locate
 from src.interop.names import to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
+from src.model.architectures import build_model
 from src.model.gpt import GPT
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def load_weights(
 def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     """A model that holds copies of ``weights``, without drawing any first."""
     with torch.device("meta"):
-        net = GPT(config)
+        net = build_model(config)
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     net.load_state_dict(copies, assign=True)
     if config.tie_weights:

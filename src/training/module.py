@@ -8,14 +8,16 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.kernels.install import has_fast_kernels
+from src.kernels.loss import fused_loss
+from src.model.architectures import build_model
 from src.model.config import GPTConfig
-from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import FiniteGuard
-from src.training.loss import next_token_loss
 from src.training.optim import apply_rates, build_optimizer, learning_rate_at
 from src.training.sharded import FullyShardedStrategy, shard
 
@@ -55,7 +57,7 @@ class PretrainingModule(LightningModule):
         self.seed = seed
         self.total_steps = total_steps
         self.skip_batches = set(skip_batches)
-        self.net = GPT(self.model_config)
+        self.net = build_model(self.model_config)
         self.tokens_seen = 0
         self.steps_made = 0  # by this process
         self.step_losses: list[Tensor] = []  # of the micro-batches of the optimizer step under way
@@ -68,10 +70,11 @@ class PretrainingModule(LightningModule):
         return self.net(tokens)
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the model's predictions from ``inputs`` ``(B, T)`` against ``targets`` ``(B, T)``; see
-        :func:`~src.training.loss.next_token_loss`."""
-        compiled = self.net.compiled and torch.is_grad_enabled()
-        return next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction, compiled)
+        """Cross-entropy in nats, the mean or sum over ``targets`` ``(B, T)``, of the predictions from ``inputs``."""
+        if has_fast_kernels(self.net):
+            return fused_loss(self.net, inputs, targets, reduction)
+        logits = self.net(inputs)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
     # Training
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
+from src.model.architectures import build_model
 from src.model.gpt import GPT
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -80,6 +81,6 @@ def whole_net(net: GPT, trainer: Trainer) -> GPT | None:
     weights = trainer.strategy.lightning_module_state_dict()  # empty but on rank 0
     if not trainer.is_global_zero:
         return None
-    copy = GPT(net.config)
+    copy = build_model(net.config)
     copy.load_state_dict({name.removeprefix("net."): weight for name, weight in weights.items()})
     return copy.to(trainer.strategy.root_device).train(net.training)

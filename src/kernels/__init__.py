@@ -1,0 +1,1 @@
+"""Faster equals of the model's plain operations."""
