@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.cli import app
+from src.cli import ranks
 from src.runs import launch
 from src.runs import processes
 from src.runs import report
@@ -208,7 +209,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
                 if speaks:
                     requeue(error)
                 raise
-            if not processes.sweeping():  # whose table tells of every job
+            if not ranks.sweeping():  # whose table tells of every job
                 record.discard_untrained()
             if explained := report.explain(error, cfg, folder):
                 raise ValueError(explained) from error
@@ -217,7 +218,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             status="checked" if cfg.dry_run else "completed",
             seconds=record.seconds_before + time.perf_counter() - started,
         )
-        if cfg.dry_run and not processes.sweeping():
+        if cfg.dry_run and not ranks.sweeping():
             record.discard_untrained()
     report.print_summary(run)
     return run
@@ -289,7 +290,7 @@ def _train(cfg: DictConfig, folder: Path, record: RunRecord, interruption: Inter
         log.info("going on from step %d of %s", checkpoint["global_step"], path)
     run = Run(folder, trainer, module, datamodule, record.values)
     report.print_start_card(run, cfg, steps)
-    processes.peers().wait_for_all()
+    processes.wait_for_all()
     if cfg.dry_run:
         return run
 
@@ -410,7 +411,7 @@ def _shared_checkpoint(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -
     from src.checkpoint.find import read_checkpoint
 
     looked = []
-    path = processes.peers().said_by_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
+    path = processes.from_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
     if looked:
         return looked[0]
     return path and (Path(path), read_checkpoint(Path(path)))
@@ -461,17 +462,18 @@ def _run(cfg: DictConfig) -> float | None:
     """One Hydra job; its objective is the final validation loss."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
-            launch.start(list(HydraConfig.get().overrides.task), count, folder)
+        if processes.world_size() == 1 and (count := launch.devices_here(OmegaConf.to_container(cfg.trainer))) > 1:
+            ranks.start_ranks(count, folder)
             return read_record(folder).get("val_loss")
         if processes.rank():
             processes.be_quiet()
         return train(cfg, folder).record.get("val_loss")
     except BaseException as error:
-        error.told = processes.told_elsewhere(error) or getattr(error, "told", False)
+        error.told = processes.reported_elsewhere(error) or getattr(error, "told", False)
         raise
     finally:
-        kept = processes.sweeping() or (folder / "run.json").exists()
+        processes.ignore_signals()
+        kept = ranks.sweeping() or (folder / "run.json").exists()
         if not kept and processes.rank() == 0:
             app.close_log_files(folder)
             remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
@@ -479,4 +481,4 @@ def _run(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with lasting_output():
-        app.launch("train", _run, find_problems, resumed_overrides, processes.agree_on_arguments)
+        app.launch("train", _run, find_problems, resumed_overrides, ranks.agree_on_arguments)
