@@ -79,17 +79,11 @@ def devices_here(trainer: dict[str, Any]) -> int:
     from src.device import pick_accelerator
 
     picked = pick_accelerator(accelerator)
-    if picked == "cuda":
-        present = torch.cuda.device_count()
-        if count > present or (isinstance(devices, list) and max(devices) >= present):
-            raise ValueError(
-                f"trainer.devices={devices}, but this machine has {present}; use trainer.devices={present}"
-            )
-        return present if count < 0 else count
-    if count > 1:
-        fix = f"trainer.accelerator=cpu for {count} processes on the CPU" if picked == "cpu" else "trainer.devices=1"
-        raise ValueError(f"trainer.devices={devices}, but this machine has no GPU; use {fix}")
-    return 1
+    present = {"cuda": torch.cuda.device_count(), "cpu": 0}.get(picked, 1)
+    if count > present or (isinstance(devices, list) and max(devices) >= present):
+        fix = f"trainer.devices={present}" if present else f"trainer.accelerator=cpu for {count} processes on the CPU"
+        raise ValueError(f"trainer.devices={devices}, but this machine has {present or 'no'} GPU(s); use {fix}")
+    return count if count > 0 else max(present, 1)
 
 
 def start(arguments: list[str], count: int, role: str, resume: str) -> None:

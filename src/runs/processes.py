@@ -15,12 +15,9 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src.checkpoint.interruption import SIGNALS
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 RUN, SWEEP = "src.train", "src.train in a sweep"  # ROLE_NAME of the processes that src.runs.launch starts
 CONNECT_TIMEOUT = timedelta(minutes=10)
@@ -59,7 +56,7 @@ def started_here() -> bool:
 
 
 @functools.cache
-def _store() -> "Store":
+def _store() -> Any:
     from torch.distributed import DistError, rendezvous
 
     url = "env://"
