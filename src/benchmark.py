@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.cli import app
 from src.bench.config import BenchmarkConfig
+from src.cli import app
 from src.data.config import PrepareConfig
 from src.files import write_json
 from src.model.config import GPTConfig
@@ -97,8 +97,8 @@ def _training(cfg: DictConfig, device: str, precision: str) -> dict[str, Any]:
     from src.bench import machine, peers
     from src.bench.rivals import Rival
     from src.bench.training import PHASES
-    from src.model.flops import FORMULA, flops_per_token, peak_flops
     from src.device import device_name
+    from src.model.flops import FORMULA, flops_per_token, peak_flops
 
     model, rounds, steps = GPTConfig(**cfg.model), cfg.rounds, cfg.steps
     context_length = cfg.data.context_length
@@ -241,9 +241,9 @@ def _train_ours(connection: Connection, config: dict[str, Any]) -> None:
     from lightning.pytorch import seed_everything
 
     from src.bench.training import Pacer
-    from src.training.trainer import build_trainer
-    from src.device import keep_freed_memory
     from src.checkpoint.interruption import Interruption
+    from src.device import keep_freed_memory
+    from src.training.trainer import build_trainer
 
     cfg = OmegaConf.create(config)
     for key, value in WANTED.items():

@@ -17,12 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from src.cli import app
+from src.cli.resume import as_meant, data_of_run, quoted, with_latest_weights
 from src.data.config import DataConfig
 from src.evaluation.config import PRECISIONS, EvaluationConfig
 from src.files import write_json
 from src.interop.locate import problems_of_weights
 from src.runs.record import git_revision, versions
-from src.cli.resume import as_meant, data_of_run, quoted, with_latest_weights
 
 if TYPE_CHECKING:
     import tiktoken
@@ -115,12 +115,12 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     if problems := find_problems(cfg):
         raise ValueError("\n".join(problems))
+    from src.device import pick_accelerator
     from src.evaluation import losses, tasks
     from src.evaluation.report import write_report
     from src.generation.text import check_vocabulary
     from src.interop.weights import build, read_weights_and_run
     from src.tokenizer import gpt2_tokenizer, token_byte_counts
-    from src.device import pick_accelerator
 
     started = time.perf_counter()
     config = EvaluationConfig(**{key: cfg[key] for key in EvaluationConfig.__dataclass_fields__})

@@ -6,16 +6,16 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from src.cli import app
+from src.cli.resume import with_latest_weights
 from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
 from src.runs.record import read_record
-from src.cli.resume import with_latest_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig,
         return config, weights
     log.info("leaving %d padded rows of the vocabulary out", config.vocab_size - n_vocab)
     cut = {name: weights[name][:n_vocab] for name in ("tok_emb.weight", "head.weight")}
-    return replace(config, vocab_size=n_vocab), {**weights, **cut}
+    return config.changed(vocab_size=n_vocab), {**weights, **cut}
 
 
 def _write(folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor], card: str) -> None:

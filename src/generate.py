@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, BinaryIO
 from omegaconf import DictConfig
 
 from src.cli import app
+from src.cli.resume import as_meant, data_of_run, with_latest_weights
 from src.generation.config import DEVICES, GenerationConfig
 from src.interop.locate import problems_of_weights
-from src.cli.resume import as_meant, data_of_run, with_latest_weights
 
 if TYPE_CHECKING:
     from src.generation.decode import Step
@@ -81,10 +81,10 @@ def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
         raise ValueError("\n".join(problems))
     import torch
 
+    from src.device import is_out_of_memory, pick_accelerator
     from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
     from src.tokenizer import gpt2_tokenizer
-    from src.device import is_out_of_memory, pick_accelerator
 
     config = GenerateConfig(**{field.name: cfg[field.name] for field in fields(GenerateConfig)})
     prompts = [

@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import torch
 
-from src.cli import app
+from src.cli import overrides as cli
 from src.model.config import GPTConfig
 from src.train import Run, train
 
@@ -81,7 +81,7 @@ def tiny_run(tmp_path, text):
     numbers = itertools.count()
 
     def run(*overrides: str, folder: Path | None = None, resume: Path | None = None, model=TINY) -> Run:
-        cfg = app.compose(
+        cfg = cli.compose(
             "train",
             [
                 *model,
@@ -110,7 +110,7 @@ def at_batch(monkeypatch):
         pending = [act]
 
         def step(self, given, batch_idx):
-            if pending and self._batch == batch:
+            if pending and self.batches_seen == batch:
                 pending.pop()(self)
             return training_step(self, given, batch_idx)
 

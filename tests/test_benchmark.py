@@ -12,7 +12,7 @@ from conftest import column
 
 from src.bench.machine import work
 from src.bench.rivals import Rival
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT

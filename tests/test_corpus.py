@@ -13,7 +13,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 from src.data import corpus, tokens
 from src.data.corpus import PREPARED, STORY, read_corpus
 from src.data.documents import ENDINGS

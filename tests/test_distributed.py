@@ -16,20 +16,19 @@ import torch
 from conftest import TINY, column, story_of
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import first_difference, rows_of
 from torch.utils.data import DataLoader
 
-from src.cli import app
-from src.runs import launch
-from src.runs import processes
-from src.runs.start import different_values
-from src.data.shards import header
-from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
-from src.runs.record import read_record
-from src.tokenizer import gpt2_tokenizer
-from src.train import find_problems
 from src.checkpoint.find import read_checkpoint
 from src.checkpoint.position import rescale_position
-from src.verify_resume import _rows, first_difference
+from src.cli import overrides as cli
+from src.data.shards import header
+from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
+from src.runs import launch, processes
+from src.runs.record import read_record
+from src.runs.start import different_values
+from src.tokenizer import gpt2_tokenizer
+from src.train import find_problems
 
 COMMON = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
 SAME = ("model.drop_rate=0", "schedule=constant", "eval.every_steps=4", "eval.batches=2", "trainer.max_epochs=null")
@@ -40,7 +39,7 @@ class Poison(Callback):
     done = False
     def on_before_backward(self, trainer, pl_module, loss):
         if trainer.global_rank == 1 and trainer.global_step == 2 and not Poison.done:
-            pl_module._step.losses[-1] = loss.new_tensor(float("nan"))  # the gradient stays finite
+            pl_module.step_losses[-1] = loss.new_tensor(float("nan"))  # the gradient stays finite
             Poison.done = True
 """
 
@@ -55,7 +54,7 @@ def started(tmp_path, text):
         if any(override.startswith("resume=") for override in overrides):
             arguments = list(overrides)
         env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-        env |= {"PYTHONPATH": f"{app.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+        env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *by, "-m", "src.train", *sorted(arguments, key=lambda one: one != "-m")]
         pipe = subprocess.PIPE
         running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
@@ -68,7 +67,7 @@ def started(tmp_path, text):
 
 
 def losses(folder: Path, key: str = "train/loss") -> list[float]:
-    return [float(row[key]) for row in _rows(folder / "metrics.csv") if row.get(key)]
+    return [float(row[key]) for row in rows_of(folder / "metrics.csv") if row.get(key)]
 
 
 def process_of_rank(parent: subprocess.Popen, rank: int) -> int:
@@ -108,7 +107,7 @@ def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
     assert losses(folder) == pytest.approx(alone[0][:6], abs=2e-5)
     for key, values in zip(("val/loss", "train/eval_loss", "val/bits_per_byte"), alone[1:], strict=True):
         assert losses(folder, key)[:2] == pytest.approx(values[:2], abs=2e-6)
-    assert [row["tokens_seen"] for row in _rows(folder / "metrics.csv")][-1] == "384.0"
+    assert [row["tokens_seen"] for row in rows_of(folder / "metrics.csv")][-1] == "384.0"
     assert (folder / "samples.md").read_text().count("## step") == 3
 
     last = folder / "checkpoints" / "last.ckpt"
@@ -264,7 +263,7 @@ def test_another_number_of_devices_keeps_the_step(monkeypatch):
 
     def said(devices: int, batch_size: int, accumulate: int) -> list[str]:
         monkeypatch.setattr(processes, "world_size", lambda: devices)
-        cfg = app.compose("train", [f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}"])
+        cfg = cli.compose("train", [f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}"])
         return different_values(cfg, checkpoint, Path("x"))
 
     assert said(2, 4, 3) == said(1, 8, 3) == said(1, 4, 6) == said(3, 8, 1) == []
@@ -292,9 +291,9 @@ def test_place_among_the_processes(monkeypatch, environment, place):
     assert (processes.rank(), processes.world_size()) == place
     nodes = 2 if place[1] > 1 else 1
     fits = ["trainer.accelerator=cpu", f"trainer.num_nodes={nodes}", f"trainer.devices={place[1] // nodes}"]
-    assert find_problems(app.compose("train", fits)) == []
+    assert find_problems(cli.compose("train", fits)) == []
     if place[1] > 1:
-        (problem,) = find_problems(app.compose("train", [*fits[:2], "trainer.devices=3"]))
+        (problem,) = find_problems(cli.compose("train", [*fits[:2], "trainer.devices=3"]))
         assert f"but {place[1]} processes were started; use {fits[2]}" in problem
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from src import evaluate
-from src.cli.app import compose
+from src.cli.overrides import compose
 from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
 from src.evaluate import with_data_of_run

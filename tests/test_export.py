@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import metrics_of
 
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 from src.generation.decode import generate
 from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
@@ -47,7 +47,7 @@ def run_folder(tmp_path_factory):
     """A run of OpenAI's own form, tied, with bias, on a padded vocabulary."""
     from conftest import story_of
 
-    from src.cli import app
+    from src.cli import overrides as cli
     from src.train import train
 
     folder = tmp_path_factory.mktemp("run")
@@ -57,7 +57,7 @@ def run_folder(tmp_path_factory):
         "model.vocab_size=50304", f"data.path={folder / 'text.txt'}", "trainer.max_steps=4", "callbacks=none",
         "trainer.precision=32-true", "optimizer.learning_rate=0.01",
     ]  # fmt: skip
-    return train(app.compose("train", overrides), folder / "run").folder
+    return train(cli.compose("train", overrides), folder / "run").folder
 
 
 def test_transformers_takes_it_from_there(command, run_folder, tmp_path):

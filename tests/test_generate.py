@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from src import generate
-from src.cli import app
+from src.cli import overrides as cli
 from src.generation.config import GenerationConfig
 from src.generation.text import continue_texts
 from src.interop.weights import save_weights
@@ -82,7 +82,7 @@ def test_stdin_is_a_prompt_like_any_other(small_weights, small_net, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "src.generate", f"weights={small_weights}", "prompt=-", "max_new_tokens=5"],
         input=text.encode(), capture_output=True, cwd=tmp_path, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(app.CONF.parent), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     ((expected,),) = continue_texts(small_net, [text], GenerationConfig(max_new_tokens=5))
     assert done.stdout.decode() == text + expected.text + "\n"
@@ -95,7 +95,7 @@ def terminal(tmp_path, *arguments: str, typed: bytes = b"") -> list[bytes]:
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "src.generate", *arguments], stdin=follower, stdout=follower, stderr=follower,
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(app.CONF.parent)},
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
     )  # fmt: skip
     os.close(follower)
     os.write(leader, typed)
@@ -186,7 +186,7 @@ def test_whoever_reads_the_texts_may_leave(small_weights, tmp_path):
     done = subprocess.run(
         f"{sys.executable} -m src.generate weights={small_weights} prompt=So num_samples=9 | head -c 5",
         shell=True, capture_output=True, cwd=tmp_path, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(app.CONF.parent)},
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
     )  # fmt: skip
     assert b"Traceback" not in done.stderr
     assert b"error" not in done.stderr
@@ -255,7 +255,7 @@ def test_a_closed_stdout(small_weights, tmp_path):
     done = subprocess.run(
         f"{sys.executable} -m src.generate weights={small_weights} prompt=So max_new_tokens=2 >&- <&-",
         shell=True, capture_output=True, cwd=tmp_path, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(app.CONF.parent)},
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -263,7 +263,7 @@ def test_a_closed_stdout(small_weights, tmp_path):
 @pytest.mark.parametrize("arguments", BAD)
 def test_mistakes_are_one_line_with_their_cure(command, small_weights, arguments, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.chdir(app.CONF.parent)
+    monkeypatch.chdir(cli.CONF.parent)
     status, out, err = command("generate", *arguments.replace("W", str(small_weights)).split())
     assert (status, out) == (1, "")
     assert err.count("\n") == 1, err
@@ -321,7 +321,7 @@ def test_a_prompt_through_a_pipe_is_bounded(small_weights, tmp_path):
     done = subprocess.run(
         f"yes | {sys.executable} -m src.generate weights={small_weights} prompt=-",
         shell=True, capture_output=True, cwd=tmp_path, timeout=120, text=True,
-        env={**os.environ, "PYTHONPATH": str(app.CONF.parent)},
+        env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: prompt=- has more than 17 MB: prompt=<the end of it, which counts>\n"
@@ -330,10 +330,10 @@ def test_a_prompt_through_a_pipe_is_bounded(small_weights, tmp_path):
 def test_nothing_heavy_before_the_overrides_are_checked(small_weights):
     code = (
         "import sys\nfrom src import generate, cli\n"
-        "print(app._find_problems('generate', ['weights=nowhere'], lambda cfg: generate.find_problems(cfg)))\n"
+        "print(cli.find_problems('generate', ['weights=nowhere'], lambda cfg: generate.find_problems(cfg)))\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'huggingface_hub', 'tiktoken'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=app.CONF.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cli.CONF.parent, capture_output=True, text=True, timeout=60)
     assert "nowhere" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -346,7 +346,7 @@ def test_lightning_is_not_needed(small_weights):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(small_weights)],
-        cwd=app.CONF.parent,
+        cwd=cli.CONF.parent,
         capture_output=True,
         text=True,
         timeout=60,
@@ -355,14 +355,14 @@ def test_lightning_is_not_needed(small_weights):
 
 
 def test_the_defaults_of_the_library_are_those_of_the_command():
-    cfg, config = app.compose("generate", ["weights=x"]), generate.GenerateConfig()
+    cfg, config = cli.compose("generate", ["weights=x"]), generate.GenerateConfig()
     assert asdict(config) == {key: cfg[key] for key in asdict(config)} | {"weights": "gpt2"}
     assert asdict(GenerationConfig()) == {key: cfg[key] for key in asdict(GenerationConfig())}
 
 
 def test_config_is_checked_by_every_key():
     assert set(generate.GenerateConfig.__dataclass_fields__) | set(generate.RAW) == set(
-        app.compose("generate", ["weights=x"])
+        cli.compose("generate", ["weights=x"])
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from src.checkpoint.sealed import write_atomically
 from src.interop.book import write_book
 from src.interop.bundle import MAGIC, read_bundle
 from src.interop.huggingface import write_huggingface
@@ -28,7 +29,6 @@ from src.interop.weights import build, load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import gpt2_tokenizer
-from src.checkpoint.sealed import write_atomically
 
 CONFIGS = [
     GPTConfig(61, 16, 24, 3, 2, qkv_bias=True, tie_weights=True),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()

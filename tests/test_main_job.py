@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from src.cli import app
-from src.cli.app import CONF
+from src.cli import overrides as cli
+from src.cli.overrides import CONF
 from src.data.download import fetch
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def verdict() -> Path | None:
     beside = CONF.parents[1] / "shared" / "data" / "the-verdict.txt"
     if beside.exists():
         return beside
-    data = app.compose("train", ["data=the_verdict"]).data
+    data = cli.compose("train", ["data=the_verdict"]).data
     try:
         return fetch([data.url, *data.mirrors], data.sha256, data.size)
     except ValueError:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.cli.app import CONF
+from src.cli.overrides import CONF
 from src.data import documents, prepare, shard_writer
 from src.data.config import PrepareConfig
 from src.data.prepare import prepare_shards

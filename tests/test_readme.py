@@ -11,11 +11,11 @@ import pytest
 from conftest import TINY, story_of
 
 from src import benchmark, evaluate, export, generate, prepare, verify_resume
-from src.cli import app
+from src.cli import overrides as cli
 from src.cli.resume import resumed_overrides, with_latest_weights
 from src.train import find_problems
 
-README = (app.CONF.parent / "README.md").read_text()
+README = (cli.CONF.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 CHECKS = {
@@ -79,7 +79,7 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     (tmp_path / "outputs" / "gpt2" / "run" / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
     overrides = REWRITES.get(name, list)(overrides)
-    assert app._find_problems(name, overrides, check) == []
+    assert cli.find_problems(name, overrides, check) == []
 
 
 def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_config_tables_name_keys_that_exist(command, least):
             strict=True,
         )
     )
-    keys = app._keys(app.compose(command, ["weights=x"] if command in ("generate", "evaluate") else []))
+    keys = cli.keys_of(cli.compose(command, ["weights=x"] if command in ("generate", "evaluate") else []))
     named = [
         key for cell in re.findall(r"^\| (`[^|]*) \|", tables[command], re.M) for key in re.findall("`(.*?)`", cell)
     ]

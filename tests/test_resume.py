@@ -15,18 +15,18 @@ from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import first_difference
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.cli import app
-from src.runs.record import read_record, signature
-from src.cli.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
 from src.checkpoint.find import read_checkpoint
-from src.training.config import ScheduleConfig
 from src.checkpoint.interruption import Interrupted
+from src.cli import overrides as cli
+from src.cli.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
+from src.files import link
+from src.runs.record import read_record, signature
+from src.training.config import ScheduleConfig
 from src.training.optim import learning_rate_at
-from src.checkpoint.sealed import link
-from src.verify_resume import first_difference
 
 WATCHED = ("callbacks.text_samples.max_new_tokens=3", "~callbacks.loss_plot", "eval.batches=2")
 SETTINGS = {  # 12 batches an epoch of 4 windows, 2 epochs
@@ -154,7 +154,7 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
     for asked in str(folder), "latest":
         arguments = resumed_overrides(["seed=5", f"resume={asked}"])
         assert arguments[:4] == ["model=gpt2_tiny", "data.path='a b'", "weights=x", "seed=5"]
-        cfg = app.compose("train", arguments[:-2])
+        cfg = cli.compose("train", arguments[:-2])
         assert (Path(cfg.resume).name, cfg.seed, cfg.data.path) == (folder.name, 5, "a b")
     with pytest.raises(ValueError, match="has its own beginning: leave weights away"):
         resumed_overrides(["weights=y", "resume=latest"])
@@ -727,7 +727,7 @@ def test_damaged_metrics_are_kept_aside(tiny_run, cut, caplog, damage, rows):
     aside = list(cut.glob("metrics_damaged_*.csv"))
     if damaged and expected[-3] not in damaged:
         assert [path.read_bytes() for path in aside] == [damaged]
-        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows go on" in caplog.text
+        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows are kept" in caplog.text
     steps = [line.split(b",")[0] for line in file.read_bytes().splitlines()]
     assert steps[0] == b"step"
     assert steps[-1] == b"12"

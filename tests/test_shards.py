@@ -9,7 +9,9 @@ import pytest
 from conftest import FAST, story_of
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import first_difference
 
+from src.checkpoint.interruption import Interrupted
 from src.data import shard_check, shards
 from src.data.config import PrepareConfig
 from src.data.datamodule import TextDataModule
@@ -18,8 +20,6 @@ from src.data.shard_check import ShardCheck
 from src.data.shards import MANIFEST, ShardTokens, header, read_shards
 from src.data.windows import SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
-from src.checkpoint.interruption import Interrupted
-from src.verify_resume import first_difference
 
 
 def shard(path, tokens) -> int:

@@ -11,12 +11,12 @@ import torch
 from conftest import FAST, TINY, column, metrics_of
 from torch.nn import functional as F
 
+from src.checkpoint.find import read_checkpoint
 from src.interop.huggingface import write_huggingface
 from src.interop.weights import load_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import encode
-from src.checkpoint.find import read_checkpoint
 from src.training.module import PretrainingModule
 from src.training.optim import planned_steps
 
@@ -322,7 +322,7 @@ def test_continuing_with_another_model_is_refused(tiny_run, tmp_path):
     ckpt = run.folder / "checkpoints" / "last.ckpt"
     weights = tmp_path / "weights.pt"
     save_weights(run.module.net, weights)
-    with pytest.raises(ValueError, match=r"no optimizer to go on with: weights="):
+    with pytest.raises(ValueError, match=r"no optimizer state to resume from; use weights="):
         tiny_run(f"ckpt_path={weights}")
     with pytest.raises(
         ValueError, match=r"model\.n_layers=3 differs from 2 in .*, which brings its own model: leave model"

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from src.bench.rivals import serve
+from src.device import seconds_of
 from src.generation.decode import generate
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
-from src.device import seconds_of
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.bench.rivals import serve
-from src.model.config import GPTConfig
 from src.device import seconds_of
+from src.model.config import GPTConfig
 
 
 def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor, precision: str, device: str) -> None:

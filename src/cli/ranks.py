@@ -1,10 +1,8 @@
 """The command line of a run with several ranks: rank 0 reads it, the others receive it, and all use one folder."""
 
-import ctypes
 import os
-import shlex
-import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from src.cli import app
-from src.cli.resume import as_typed, quoted
+from src.cli.overrides import compose
+from src.cli.resume import quoted, resume_override
+from src.files import read_json, write_json
 from src.runs import launch, processes
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to receive when the parent process ends
 
 
 def sweeping() -> bool:
@@ -28,7 +26,13 @@ def start_ranks(count: int, folder: Path) -> None:
     """Run the current Hydra job with ``count`` ranks in ``folder``; raises as :func:`src.runs.launch.start`."""
     overrides = [*HydraConfig.get().overrides.task, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
     role = processes.SWEEP if sweeping() else processes.RUN
-    launch.start(["-m", "src.train", *overrides], count, role, resume=shlex.quote(f"resume={as_typed(folder)}"))
+    try:
+        launch.start(["-m", "src.train", *overrides], count, role, resume_override(folder))
+    except processes.FailedElsewhere as error:
+        record = read_json(folder / "run.json")
+        if record.get("status") in ("running", "interrupted"):  # rank 0 was killed, or torchelastic stopped it
+            write_json(folder / "run.json", {**record, "status": "failed", "error": str(error)})
+        raise
 
 
 def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
@@ -37,8 +41,7 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise stack traces for each lost connection
         threads = max((os.cpu_count() or 1) // processes.world_size(), 1)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # for a launcher that is killed
+        threading.Thread(target=processes.stop_with_launcher, daemon=True).start()
         return sys.argv[1:]
     arguments = processes.from_rank_zero(make if processes.world_size() == 1 else lambda: _with_folder(make))
     if processes.rank() == 0:
@@ -54,7 +57,7 @@ def _with_folder(make: Callable[[], list[str]]) -> list[str]:
     arguments = make()
     if _flags(arguments) or any(argument.startswith("hydra.run.dir=") for argument in arguments):
         return arguments
-    folder = app.compose("train", arguments, return_hydra_config=True).hydra.run.dir
+    folder = compose("train", arguments, return_hydra_config=True).hydra.run.dir
     return [*arguments, f"hydra.run.dir={quoted(folder)}"]
 
 

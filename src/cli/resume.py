@@ -17,10 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.cli import app
+from src.checkpoint.interruption import Interrupted
+from src.cli.overrides import CONF, compose
 from src.interop.locate import run_folder
 from src.runs.record import read_record, signature
-from src.checkpoint.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +144,12 @@ def _saved_overrides(
 
 def _refuse_code(saved: list[str], asked: str) -> None:
     """A stranger's run folder is data: its overrides may choose among the code that ``conf`` names, and add none."""
-    known = {target for file in app.CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file))}
+    known = {target for file in CONF.rglob("*.yaml") for target in _targets(OmegaConf.load(file))}
     for override in saved:
         if override.startswith("-") or _key(override).startswith("hydra") or "$" in override:
             raise ValueError(f"{asked} would bring {override} along: give it again if you trust it")
     try:
-        foreign = set(_targets(app.compose("train", saved))) - known
+        foreign = set(_targets(compose("train", saved))) - known
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{asked}: its overrides do not compose any more ({reason}): {COPY}") from None
@@ -177,6 +177,11 @@ def command_line(overrides: list[str]) -> str:
 
 def _without_hydra(overrides: list[str]) -> list[str]:
     return [override for override in overrides if not _key(override).startswith("hydra")]
+
+
+def resume_override(folder: Path) -> str:
+    """The override that continues the run in ``folder``, quoted for a shell."""
+    return shlex.quote(f"resume={as_typed(folder)}")
 
 
 def command_to_resume(folder: Path) -> str:

@@ -1,92 +1,63 @@
-"""What the data module needs to know, and what makes it impossible."""
+"""What the data module and src.prepare need to know."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from src.config import Config
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     """Where the text comes from and how it is cut into windows; ``conf/data`` explains each key."""
 
-    context_length: int | None = 256  # None: the model's, where a model is at hand
-    format: str = "text"
+    section: ClassVar[str] = "data"
+
+    context_length: int | None = Field(256, ge=1)  # None: the model's, where a model is at hand
+    format: Literal["text", "shards"] = "text"
     path: str | None = None
     url: str | None = None
     mirrors: list[str] | None = None
     sha256: str | None = None
     size: int | None = None
     cache_dir: str | None = None
-    batch_size: int = 2
-    stride: int | None = None
-    train_ratio: float = 0.9
+    batch_size: int = Field(2, ge=1)
+    stride: int | None = Field(None, ge=1)
+    train_ratio: float = Field(0.9, gt=0, lt=1)
     shuffle: bool = True
-    num_workers: int = 0
-    special_tokens: str = "parse"
+    num_workers: int = Field(0, ge=0)
+    special_tokens: Literal["parse", "text"] = "parse"
     seed: int = 123
 
-    def __post_init__(self) -> None:
-        found = []
-        if self.context_length is not None and self.context_length < 1:
-            found.append(f"data.context_length={self.context_length} must be at least 1: model.context_length=256")
-        if self.format not in ("text", "shards"):
-            found.append(f"data.format={self.format} is neither text nor shards: data=text or data=shards")
+    @model_validator(mode="after")
+    def _shards_have_a_path(self) -> "DataConfig":
         if self.format == "shards" and self.path is None:
-            found.append("data.path=null has no shards: data.path=<their folder, or a glob pattern>")
-        if self.batch_size < 1:
-            found.append(f"data.batch_size={self.batch_size} must be at least 1: data.batch_size=2")
-        if self.stride is not None and self.stride < 1:
-            found.append(f"data.stride={self.stride} must be at least 1: data.stride={self.context_length}")
-        if not 0 < self.train_ratio < 1:
-            found.append(f"data.train_ratio={self.train_ratio} must lie between 0 and 1: data.train_ratio=0.9")
-        if self.num_workers < 0:
-            found.append(f"data.num_workers={self.num_workers} cannot be negative: data.num_workers=0")
-        if self.special_tokens not in ("parse", "text"):
-            found.append(
-                f"data.special_tokens={self.special_tokens} is neither parse nor text: data.special_tokens=parse"
-            )
-        if found:
-            raise ValueError("\n".join(found))
+            raise ValueError("data.path=null has no shards; use data.path=<their folder, or a glob pattern>")
+        return self
 
     @property
     def source(self) -> str:
         return self.path or self.url or "the packaged story"
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
-    """From which files shards are made, and how; ``conf/prepare.yaml`` explains each key."""
+class PrepareConfig(Config):
+    """Which files become shards, and how; ``conf/prepare.yaml`` explains each key."""
 
-    source: Any = None  # a path or a list of them
+    source: str | list[str] = Field(examples=["<a file, folder, glob pattern or list of them>"], min_length=1)
     output: str = "my_shards"
-    name: str | None = None
+    name: str | None = Field(None, examples=["my_text"])
     text_key: str = "text"
-    shard_tokens: int = 100_000_000
-    val_tokens: int | None = None  # None: a tenth of all, at most shard_tokens
-    special_tokens: str = "parse"
-    workers: int | None = None  # None: one per core
+    shard_tokens: int = Field(100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
+    val_tokens: int | None = Field(None, ge=0, lt=2**31)  # None: a tenth of all, at most shard_tokens
+    special_tokens: Literal["parse", "text"] = "parse"
+    workers: int | None = Field(None, ge=1)  # None: one per core
 
-    def __post_init__(self) -> None:
-        found = []
-        if not self.paths:
-            found.append(f"source={self.source} names no file: source=<a file, folder, glob pattern or list of them>")
-        if not 1 <= self.shard_tokens < 2**31:  # the header counts in 32 bits
-            found.append(f"shard_tokens={self.shard_tokens} must lie between 1 and {2**31 - 1}: shard_tokens=100000000")
-        if self.val_tokens is not None and not 0 <= self.val_tokens < 2**31:
-            found.append(f"val_tokens={self.val_tokens} must lie between 0 and {2**31 - 1}: val_tokens=null")
-        if self.workers is not None and self.workers < 1:
-            found.append(f"workers={self.workers} must be at least 1: workers=null")
-        if self.special_tokens not in ("parse", "text"):
-            found.append(f"special_tokens={self.special_tokens} is neither parse nor text: special_tokens=parse")
+    @model_validator(mode="after")
+    def _name_is_a_file_name(self) -> "PrepareConfig":
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
-            found.append(f"name={self.name} is no file name: name=my_text")
-        if found:
-            raise ValueError("\n".join(found))
+            raise ValueError(f"name={self.name} is not a file name; use name=my_text")
+        return self
 
     @property
     def paths(self) -> list[str]:
-        several = (
-            self.source if isinstance(self.source, Sequence) and not isinstance(self.source, str) else [self.source]
-        )
-        return [str(path) for path in several if path is not None]
+        return [self.source] if isinstance(self.source, str) else self.source

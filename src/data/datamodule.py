@@ -140,6 +140,10 @@ class TextDataModule(LightningDataModule):
         val = evenly_spread(counts[0], most)
         return val, evenly_spread(counts[1], len(val))
 
+    def limit_evaluation(self, tokens: int) -> None:
+        """Let every evaluation score at most ``tokens`` tokens of each split."""
+        self.eval_tokens = tokens
+
     def state_dict(self) -> dict[str, int]:
         """How far training has come in the data: the epoch and the batches of it already trained on."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed

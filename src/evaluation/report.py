@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.evaluation.losses import TextLoss
 from src.evaluation.figures import BLUE, new_figure
+from src.evaluation.losses import TextLoss
 from src.tokenizer import token_bytes
 
 if TYPE_CHECKING:

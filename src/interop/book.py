@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -63,5 +62,5 @@ def write_book(folder: Path, config: GPTConfig, weights: Mapping[str, Tensor]) -
     mask = torch.triu(torch.ones(T, T), diagonal=1)
     tensors |= {f"trf_blocks.{layer}.att.mask": mask for layer in range(config.n_layers)}
     torch.save(tensors, folder / BOOK_FILE)
-    given = {key: value for key, value in asdict(config).items() if key in KEYS}
+    given = {key: value for key, value in config if key in KEYS}
     (folder / CONFIG_FILE).write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")

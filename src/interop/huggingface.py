@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -13,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from src.checkpoint.sealed import read_sealed
 from src.interop.checks import Refuse, RefusedError, check_tensors
 from src.interop.locate import HUGGINGFACE_FILES, read_json
 from src.interop.names import from_ours, listed, to_ours
 from src.model.config import GPTConfig
-from src.checkpoint.sealed import read_sealed
 
 OWN_KEY = "gpt2_lightning"  # of config.json: our config, where Hugging Face's has no word for it
 DEFAULTS = {  # of transformers' GPT2Config; and what of it this model computes
@@ -40,7 +39,7 @@ def read_huggingface(folder: Path, refuse: Refuse, file: str | None = None) -> t
     biases = [name for name in tensors if name.endswith("attn.c_attn.bias")]
     if not config.qkv_bias:
         if any(tensors[name].any() for name in biases):  # trained since
-            config = replace(config, qkv_bias=True)
+            config = config.changed(qkv_bias=True)
         else:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     embedding, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
@@ -49,7 +48,7 @@ def read_huggingface(folder: Path, refuse: Refuse, file: str | None = None) -> t
             tensors["wte.weight"] = head
         elif embedding.dtype != head.dtype or not embedding.equal(head):
             # transformers does not tie these either, whatever the config says
-            config = replace(config, tie_weights=False)
+            config = config.changed(tie_weights=False)
     return config, to_ours(tensors, config, "huggingface", refuse)
 
 
@@ -154,5 +153,5 @@ def _read_tensors(path: Path, refuse: Refuse) -> Any:
 def _reason(error: Exception) -> str:
     """A ValueError's words, in one line and without a cure that is not ours; of others, what they are."""
     if isinstance(error, ValueError):
-        return "; ".join(line.split(": model.")[0] for line in str(error).splitlines())
+        return "; ".join(line.split("; use ")[0] for line in str(error).splitlines())
     return f"its config.json or index cannot be understood ({type(error).__name__}: {error})"

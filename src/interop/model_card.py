@@ -4,9 +4,9 @@ import json
 import math
 from typing import Any
 
+from src.checkpoint.sealed import printable
 from src.interop.names import shapes
 from src.model.config import GPTConfig
-from src.checkpoint.sealed import printable
 
 
 def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], name: str) -> str:

@@ -1,13 +1,14 @@
 """``weights=``: a model out of whatever holds one; and into a file of our own."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from src.checkpoint.find import newest_good_checkpoint
+from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_atomically
 from src.interop.book import is_book, read_book
 from src.interop.checks import Refuse, RefusedError, refusal
 from src.interop.hub import fetch
@@ -17,8 +18,6 @@ from src.interop.names import to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
-from src.checkpoint.find import newest_good_checkpoint
-from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def read_weights_and_run(
     except ValueError as error:
         if isinstance(error, RefusedError) or str(error).startswith(f"{key}="):
             raise
-        reasons = [line.split(": model.")[0] for line in str(error).splitlines()]
+        reasons = [line.split("; use ")[0] for line in str(error).splitlines()]
         raise refuse("; ".join(reasons)) from None  # numbers that no model can have
     except (RuntimeError, TypeError) as error:  # what PyTorch makes of a tensor that is unlike any of a model
         raise refuse(f"it cannot be read ({str(error)[:100]})") from None
@@ -89,7 +88,7 @@ def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 def save_weights(net: GPT, path: str | Path) -> None:
     """Write the weights of ``net`` and its config, without an optimizer: plain containers and tensors."""
-    write_atomically({"config": asdict(net.config), "state_dict": net.state_dict()}, Path(path))
+    write_atomically({"config": net.config.model_dump(mode="json"), "state_dict": net.state_dict()}, Path(path))
 
 
 def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
@@ -99,7 +98,7 @@ def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
         try:
             return best, read_sealed(best, key, unsealed=True)
         except DamagedError as error:
-            log.warning("%s", str(error).split(f": {key}=")[0])
+            log.warning("%s", str(error).split("; use ")[0])
     found = newest_good_checkpoint(checkpoints, unsealed=True)
     if found is None:
         raise ValueError(f"{key}={folder} has no checkpoint that can be read: {key}=<another run folder>")

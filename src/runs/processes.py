@@ -145,3 +145,11 @@ def ignore_signals() -> None:
     if world_size() > 1 and threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
+
+
+def stop_with_launcher() -> None:
+    """Watch the process that started this one, and send SIGTERM to this one when it has been killed."""
+    launcher = int(os.environ["TORCHELASTIC_RUN_ID"])
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)

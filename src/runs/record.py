@@ -1,19 +1,29 @@
 """``run.json``: what was run, on what, and what came out; and the claim to a run folder."""
 
+from __future__ import annotations
+
 import hmac
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import secrets
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from src.checkpoint.interruption import Interrupted
 from src.files import read_json, remove_folder, write_json
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from src.data.datamodule import TextDataModule
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
@@ -33,29 +43,31 @@ OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "eve
 class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
-    Making it claims the folder until :meth:`close` or the end of the process, so that no two runs can share one.
-    ``resumed`` keeps what an earlier process recorded until :meth:`start`. With ``speaks=False``, in all processes of a
-    run but one, nothing is claimed or written.
+    As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended. A
+    run that trained nothing leaves nothing. ``config`` is the whole configuration; ``resumed`` keeps what an earlier
+    process recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
 
     Raises:
-        ValueError: another process has the folder, or, unless ``resumed``, it holds a run.
+        ValueError: another process uses the folder, or, unless ``resumed``, it holds a run.
     """
 
     def __init__(
         self,
         folder: Path,
+        config: dict[str, Any],
         command: str,
         overrides: list[str],
-        config: dict[str, Any],
         resumed: bool = False,
-        speaks: bool = True,
+        writes: bool = True,
+        in_sweep: bool = False,
     ) -> None:
         self.path = folder / "run.json"
         self.trained = False  # an optimizer step was made
-        self._speaks, self._resumed = speaks, resumed
+        self._writes, self._resumed, self._in_sweep = writes, resumed, in_sweep
         self._lock = FileLock(folder / ".lock")
-        if speaks:
-            self._claim(folder, resumed)
+        self._began = time.perf_counter()
+        if writes:
+            self._claim(folder)
         before = read_record(folder) if resumed else {}
         self.resumed_at = before.get("resumed_at", [])
         self.seconds_before = before.get("seconds", 0.0)
@@ -64,7 +76,7 @@ class RunRecord:
             "status": "running",
             "command": before.get("command", command),
             "overrides": overrides,
-            "signature": signature(overrides) if speaks else None,
+            "signature": signature(overrides) if writes else None,
             "config": config,
             "versions": versions(),
             "git": git_revision(),
@@ -75,24 +87,40 @@ class RunRecord:
         if not resumed:
             self.start()
 
-    def _claim(self, folder: Path, resumed: bool) -> None:
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            with suppress(*([OSError] if error else [])):  # the first error is reported, not a full disk after it
+                self.update(**_outcome(error), seconds=self.seconds_before + time.perf_counter() - self._began)
+            nothing_trained = self.values["status"] == "checked" or (error and not isinstance(error, Interrupted))
+            if nothing_trained and not self._in_sweep:  # whose table lists every job
+                self._discard_untrained()
+        finally:
+            self._lock.release()
+
+    def _claim(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         try:  # the data workers of a run that was killed hold its folder for some seconds more
-            self._lock.acquire(timeout=LINGERING if resumed else 0)
+            self._lock.acquire(timeout=LINGERING if self._resumed else 0)
         except Timeout:
             raise ValueError(
-                f"{folder} is in use by another process: stop that, or hydra.run.dir=<a new folder>"
+                f"{folder} is in use by another process; stop that, or use hydra.run.dir=<a new folder>"
             ) from None
-        if not resumed and (taken := [name for name in OUTPUTS if any(folder.glob(name))]):
+        if odd := [path for name in OUTPUTS for path in folder.glob(name) if not (path.is_file() or path.is_dir())]:
+            self._lock.release()
+            raise ValueError(f"{odd[0]} is neither a file nor a folder; remove it, or use hydra.run.dir=<a new folder>")
+        if not self._resumed and (taken := [name for name in OUTPUTS if any(folder.glob(name))]):
             self._lock.release()
             raise ValueError(
-                f"hydra.run.dir={folder} already holds a run ({', '.join(taken)}): resume={folder} to continue it, or "
-                f"hydra.run.dir=<a new folder>"
+                f"hydra.run.dir={folder} already holds a run ({', '.join(taken)}); use resume={folder} to continue it, "
+                f"or hydra.run.dir=<a new folder>"
             )
 
     def start(self, resumed_at: int | None = None) -> None:
-        """From now on this process speaks for the run; ``resumed_at`` is the step that it continues."""
-        self._started = self._speaks
+        """From now on the record is this process's; ``resumed_at`` is the step that it continues."""
+        self._started = self._writes
         if resumed_at is not None:
             self.resumed_at.append(resumed_at)
             self.values["resumed_at"] = self.resumed_at
@@ -103,15 +131,31 @@ class RunRecord:
         if self._started:
             write_json(self.path, self.values)
 
-    def discard_untrained(self) -> None:
-        """Leave nothing behind, unless the run made an optimizer step, was resumed, or wrote ``non_finite.json``."""
+    def describe(self, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
+        """Record what trains on what."""
+        from src.device import device_name
+
+        self.update(
+            data_sha256=data.corpus_sha256,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            device=device_name(trainer.strategy.root_device),
+            precision=str(trainer.precision),
+        )
+
+    def _discard_untrained(self) -> None:
+        """Leave nothing, unless the run made an optimizer step, was resumed, or wrote ``non_finite.json``."""
         folder = self.path.parent
-        if self._speaks and not (self._resumed or self.trained or (folder / "non_finite.json").exists()):
+        if self._writes and not (self._resumed or self.trained or (folder / "non_finite.json").exists()):
             self._started = False
             remove_folder(folder, *OUTPUTS, ".lock")
 
-    def close(self) -> None:
-        self._lock.release()
+
+def _outcome(error: BaseException | None) -> dict[str, str]:
+    if error is None:
+        return {}
+    if isinstance(error, Interrupted):
+        return {"status": "interrupted", "error": error.signal.name}
+    return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -119,8 +163,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {
         key: value
         for key, value in read_json(folder / "run.json").items()
-        if key not in KINDS or (isinstance(value, KINDS[key]) and not isinstance(value, bool))
+        if key not in KINDS or _is_sound(value, KINDS[key])
     }
+
+
+def _is_sound(value: Any, kind: Any) -> bool:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and finite
 
 
 def signature(overrides: list[str]) -> str | None:

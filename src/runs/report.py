@@ -1,160 +1,160 @@
-"""What a run says of itself: the start card, the hyperparameters, the summary."""
+"""What a run prints: the start card, its judgement of the losses, the summary, and what went wrong."""
 
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import math
-import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from src.cli import app
-from src.runs import processes
-from src.cli.resume import as_typed, command_to_resume
-from src.training.config import EvalConfig
 from src.checkpoint.interruption import Interrupted
+from src.runs import processes
+from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from src.train import Run
+    from src.data.datamodule import TextDataModule
 
 log = logging.getLogger(__name__)
 
 COMPARED = ("data.batch_size", "optimizer.name", "optimizer.learning_rate", "schedule.name", "seed")
+HYPERPARAMETERS = ("model.", "data.", "optimizer.", "schedule.", "trainer.", "weights", "ckpt_path")
 
 
-def judge_initial_loss(loss: float, vocab_size: int) -> None:
-    """A model that knows nothing yet is as good as a uniform guess: ln(vocab_size) nats per token."""
-    guess = math.log(vocab_size)
-    if abs(loss - guess) > 1:
-        log.warning(
-            "initial val loss %.3f is far from ln(vocab_size) = %.3f: look at the weights or the text", loss, guess
-        )
-    else:
-        log.info("initial val loss %.3f, a uniform guess would be at ln(vocab_size) = %.3f", loss, guess)
-
-
-def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
-    """Training may have made a model worse than it was ``before``, at step 0, which no checkpoint holds."""
-    from src.checkpoint.callbacks import RunCheckpoints
-
-    best = (callback.best for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoints))
-    if min([after, *best]) > before:
-        log.warning(
-            "no evaluation was better than that of step 0, val loss %.3f: optimizer.learning_rate=<less>", before
-        )
-
-
-def hyperparameters(cfg: DictConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """What a person compares between runs, by the names of the overrides: size, data, batch, learning rate, schedule
-    and seed, and what else of the hyperparameters was asked for or differs from the default."""
-    values, written, default = dict(_flat(record["config"])), _flat(OmegaConf.to_container(cfg)), _defaults()
-    asked = {override.split("=")[0].lstrip("+") for override in record["overrides"]}
-    sections = ("model.", "data.", "optimizer.", "schedule.", "trainer.", "weights", "ckpt_path")
-    others = [
-        key for key, value in written if key.startswith(sections) and (key in asked or default.get(key, value) != value)
-    ]
-    batch = cfg.data.batch_size * cfg.data.context_length * cfg.trainer.accumulate_grad_batches
-    return {
-        **{key: values[key] for key in (*COMPARED, *others)},
-        "data.path": values["data.path"] or Path(values.get("data.url") or "story").name,
-        "parameters": record["parameters"],
-        "tokens_per_step": batch * processes.world_size(),
-    }
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return dict(_flat(OmegaConf.to_container(app.compose("train", []))))
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{key}.")
-        elif prefix.split(".")[0] not in ("callbacks", "logger"):
-            pairs.append((f"{prefix}{key}", value))
-    return pairs
-
-
-def print_start_card(run: Run, cfg: DictConfig, steps: float) -> None:
-    record, trainer = run.record, run.trainer
-    windows = cfg.data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    length = cfg.data.context_length
-    optimizer = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks, AdamW"}[cfg.optimizer.name]
-    fused = "not fused" if cfg.optimizer.fused is False else "fused"
-    data = run.datamodule.summary()
-    interval = EvalConfig(**cfg.eval).resolved_every_steps(steps, run.datamodule.steps_per_epoch)
-    evaluation = data.pop("evaluation")
+def print_start_card(
+    config: TrainConfig, record: dict[str, Any], trainer: Trainer, data: TextDataModule, steps: float
+) -> None:
+    windows = data.step_windows
+    length = data.config.context_length
+    fused = "not fused" if config.optimizer.fused is False else "fused"
+    about = data.summary()
+    interval = config.eval.resolved_every_steps(steps, data.steps_per_epoch)
+    evaluation = about.pop("evaluation")
     card = {
         "parameters": f"{record['parameters']:,}",
-        **data,
+        **about,
         "step": f"{windows * length:,} tokens ({windows} windows of {length})",
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],
-        "optimizer": f"{optimizer}, {fused}, {cfg.schedule.name} schedule",
+        "optimizer": f"{config.optimizer.name}, {fused}, {config.schedule.name} schedule",
         "evaluation": f"every {interval} steps, of {evaluation}",
-        **({} if cfg.dry_run else {"run folder": str(run.folder)}),
+        **({} if config.dry_run else {"run folder": trainer.default_root_dir}),
     }
     for key, value in card.items():
         log.info("%-10s  %s", key, value)
 
 
+def judge_initial_loss(loss: float, vocab_size: int) -> None:
+    """Compare the loss of an untrained model with a uniform guess, ln(vocab_size) nats per token."""
+    guess = math.log(vocab_size)
+    if abs(loss - guess) > 1:
+        log.warning(
+            "initial val loss %.3f is far from ln(vocab_size) = %.3f: check the weights or the text", loss, guess
+        )
+    else:
+        log.info("initial val loss %.3f; a uniform guess has ln(vocab_size) = %.3f", loss, guess)
+
+
+def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
+    """Warn where no evaluation was better than ``before``, the loss of step 0, which no checkpoint holds."""
+    best = [callback.best for callback in trainer.checkpoint_callbacks if hasattr(callback, "best")]
+    if min([after, *best]) > before:
+        log.warning(
+            "no evaluation was better than that of step 0, val loss %.3f; use a lower optimizer.learning_rate", before
+        )
+
+
+def hyperparameters(
+    config: TrainConfig, default: TrainConfig, record: dict[str, Any], step_windows: int
+) -> dict[str, Any]:
+    """What a person compares between runs, by the names of the overrides: size, data, batch, learning rate, schedule
+    and seed, and each other hyperparameter that was set or differs from the default."""
+    values, defaults = dict(_flat(config.model_dump())), dict(_flat(default.model_dump()))
+    asked = {override.split("=")[0].lstrip("+") for override in record["overrides"]}
+    others = [
+        key
+        for key, value in values.items()
+        if key.startswith(HYPERPARAMETERS) and (key in asked or defaults.get(key, value) != value)
+    ]
+    return {
+        **{key: values[key] for key in (*COMPARED, *others)},
+        "data.path": config.data.path or Path(config.data.url or "story").name,
+        "parameters": record["parameters"],
+        "tokens_per_step": step_windows * (config.data.context_length or config.model.context_length),
+    }
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif prefix.split(".")[0] not in ("callbacks", "logger"):
+            yield f"{prefix}{key}", value
+
+
 def print_changes(before: dict[str, Any], config: dict[str, Any]) -> None:
-    """What differs from the config that a continued run had when it was last started: overrides, or an edited YAML."""
+    """What differs from the config that a resumed run had when it was last started: overrides, or an edited YAML."""
     old = dict(_flat(before.get("config", {})))
     for key, value in _flat(config):
         if key not in ("resume", "dry_run") and old.get(key, value) != value:
             log.warning("changed: %s=%s, was %s", key, value, old[key])
 
 
-def print_interrupted(interrupted: Interrupted, folder: Path) -> None:
+def print_interrupted(interrupted: Interrupted, folder: Path, command: str) -> None:
     saved = any(folder.glob("checkpoints/*.ckpt"))
     log.warning("stopped by %s, %s", interrupted.signal.name, "saved" if saved else "before anything was saved")
-    log.warning("to %s: %s", "continue" if saved else "begin again", command_to_resume(folder))
+    log.warning("to %s: %s", "continue" if saved else "start again", command)
     interrupted.told = True
 
 
-def explain(error: BaseException, cfg: DictConfig, folder: Path) -> str | None:
-    """One line on what ran out or died and how to get on; None for any other error."""
+@contextmanager
+def explained(config: TrainConfig, folder: Path, resume: str) -> Iterator[None]:
+    """Turn what ran out or died in a run into a ValueError of one line; ``resume`` is the override to continue it."""
+    try:
+        yield
+    except Exception as error:
+        again = resume if (folder / "run.json").exists() else "the same command again"
+        if line := _explanation(error, config, folder, again):
+            raise ValueError(line) from error
+        raise
+
+
+def _explanation(error: Exception, config: TrainConfig, folder: Path, resume: str) -> str | None:
     from src.device import is_out_of_memory
 
     message = str(error)
-    resume = shlex.quote(f"resume={as_typed(folder)}") if (folder / "run.json").exists() else "the same command again"
     if processes.lost_peer(error):
-        return f"another process of this run has died, often for want of memory: {resume}"
+        return f"another process of this run has died, often for lack of memory; use {resume}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or folder}): free some, then {resume}"
+        return f"the disk is full ({error.filename or folder}); free some space, then use {resume}"
     if is_out_of_memory(error):
-        batch, accumulate = cfg.data.batch_size, cfg.trainer.accumulate_grad_batches
-        parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)
-        if parts:
-            less = f"data.batch_size={batch // parts} trainer.accumulate_grad_batches={accumulate * parts}"
-        else:
-            less = (
-                f"model.context_length={max(cfg.model.context_length // 2, 1)} "
-                f"trainer.accumulate_grad_batches={accumulate * 2}"
-            )
-        if cfg.resume:  # whose batches are fixed
-            return f"out of memory: {resume} with more of it, or weights=<its last.ckpt> {less} for a new run"
-        return f"out of memory; this takes less and keeps the tokens per step: {less}"
-    if "Caught ValueError in DataLoader worker" in message:  # as told there, without the traceback
+        less = _less_memory(config)
+        if config.resume:  # whose batches cannot change
+            return f"out of memory; use {resume} with more memory, or weights=<its last.ckpt> {less} for a new run"
+        return f"out of memory; use {less} for less memory at the same number of tokens per step"
+    if "Caught ValueError in DataLoader worker" in message:  # its message without its traceback
         return message.strip().splitlines()[-1].removeprefix("ValueError: ")
     if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):
-        fewer = f"data.num_workers={cfg.data.num_workers // 2}"
-        return f"a data worker died, often for want of memory: {resume} {fewer}"
+        fewer = f"data.num_workers={config.data.num_workers // 2}"
+        return f"a data worker died, often for lack of memory; use {resume} {fewer}"
     return None
 
 
-def print_summary(run: Run) -> None:
-    record = run.record
+def _less_memory(config: TrainConfig) -> str:
+    batch, accumulate = config.data.batch_size, config.trainer.accumulate_grad_batches
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)
+    if parts:
+        return f"data.batch_size={batch // parts} trainer.accumulate_grad_batches={accumulate * parts}"
+    shorter = max(config.model.context_length // 2, 1)
+    return f"model.context_length={shorter} trainer.accumulate_grad_batches={accumulate * 2}"
+
+
+def print_summary(record: dict[str, Any], folder: Path) -> None:
     if record["status"] == "checked":
         log.info("checked, nothing was trained and no run folder is kept")
         return
@@ -168,4 +168,4 @@ def print_summary(run: Run) -> None:
         speed = f", training at {rate:,.0f} tokens/s" if rate else ""
         steps, tokens = record["optimizer_steps"], record["tokens_seen"]
         log.info("%s steps, %s tokens%s, %.0f s in all%s", f"{steps:,}", f"{tokens:,}", speed, record["seconds"], loss)
-    log.info("run folder: %s", run.folder)
+    log.info("run folder: %s", folder)

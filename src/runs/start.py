@@ -1,125 +1,213 @@
-"""Whether what is asked for can be the continuation of what a checkpoint holds."""
+"""Where a run starts: from scratch, from weights, or from a checkpoint that its configuration may continue."""
 
+from __future__ import annotations
+
+import logging
 import math
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from src.runs import processes
+from src.checkpoint.find import good_checkpoint, make_last, newest_good_checkpoint, read_checkpoint
+from src.interop.weights import read_weights
 from src.model.config import GPTConfig
-from src.training.config import ScheduleConfig
+from src.runs import processes
+from src.training.config import FREE, TrainConfig
+from src.training.optim import learning_rate_at
 
-FREE = ("drop_rate", "init")  # of the model: what a continued run may change
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from src.data.datamodule import TextDataModule
 
-def different_model(cfg: DictConfig, model: dict[str, Any], path: Path) -> list[str]:
-    """How the model asked for differs from the one of the checkpoint at ``path``, a line each."""
-    return [
-        f"model.{key}={OmegaConf.select(cfg.model, key)} differs from {value} in {path}: model.{key}={value}"
-        for key, value in model.items()
-        if key not in FREE and OmegaConf.select(cfg.model, key) != value
-    ]
+log = logging.getLogger(__name__)
 
 
-def adopt_model(cfg: DictConfig, model: dict[str, Any], source: Path | str) -> list[str]:
-    """Put the model of ``source`` into ``cfg``, which keeps its own dropout; or what else was asked for, a line each.
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from. ``config`` is the run's, with the model of its weights or checkpoint and with
+    ``tokens_per_step`` turned into accumulated batches; ``path`` is the checkpoint that is continued."""
 
-    Asked for is what differs from the defaults.
-    """
-    default, asked = asdict(GPTConfig()), OmegaConf.to_container(cfg.model)
-    found = [
-        f"model.{key}={asked[key]} differs from {value} in {source}, which brings its own model: leave model, "
-        f"model.{key} and experiments that set it away"
-        for key, value in model.items()
-        if key not in FREE and asked[key] not in (value, default[key])
-    ]
-    if not found:
-        cfg.model.update({key: value for key, value in model.items() if key not in FREE})
-    return found
+    config: TrainConfig
+    path: Path | None = None
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] | None = None
 
+    @property
+    def step(self) -> int:
+        return self.checkpoint.get("global_step", 0)
 
-def different_optimizer(cfg: DictConfig, optimizer: dict[str, Any], path: Path) -> list[str]:
-    """Whether the optimizer asked for is another kind than that of the checkpoint at ``path``."""
-    before = optimizer.get("name", "adamw")
-    if cfg.optimizer.name == before:
-        return []
-    return [
-        f"optimizer={cfg.optimizer.name} differs from {before} in {path}, whose state is of no use to it: "
-        f"optimizer={before}, or weights={path} for a new run"
-    ]
+    def skip_batches(self, batch_windows: int) -> tuple[int, ...]:
+        """The batches to leave out, of ``batch_windows`` windows each: those of the config and those that the run has
+        left out before, in batches of another size where it ran on another number of devices."""
+        before = self.checkpoint.get("batch_windows", batch_windows)
+        windows = (
+            w
+            for batch in self.checkpoint.get("skipped_batches", [])
+            for w in range(batch * before, (batch + 1) * before)
+        )
+        return tuple(sorted({window // batch_windows for window in windows} | set(self.config.skip_batches)))
 
+    def check(self, data: TextDataModule, batches: int, steps: float, finished: bool) -> None:
+        """Whether ``data`` is that of the checkpoint, in epochs of as many windows (``batches`` batches), and whether
+        the run of ``steps`` steps has something left to do. ``finished``: the checkpoint is that of a completed run, or
+        of another one.
 
-def different_values(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
-    """How the data or the geometry of the batches differs from that of the checkpoint at ``path``, a line each."""
-    found, before = [], checkpoint.get("fixed_values", {})
-    batch = ("data.batch_size", "trainer.accumulate_grad_batches")
-    asked = [OmegaConf.select(cfg, key) for key in batch]
-    devices, devices_before = processes.world_size(), checkpoint.get("processes", 1)
-    step = math.prod(asked) * devices  # windows
-    step_before = math.prod(before.get(key, value) for key, value in zip(batch, asked, strict=True)) * devices_before
-    if step != step_before and devices != devices_before:
-        accumulate, rest = divmod(step_before, devices * asked[0])
-        cure = f"trainer.devices={devices_before}" if rest else f"trainer.accumulate_grad_batches={accumulate}"
-        return [
-            f"a step of {step} windows on {devices} devices differs from the {step_before} on {devices_before} in "
-            f"{path}: {cure}, or weights={path} for a new run"
-        ]
-    defaults = {"data.stride": cfg.data.context_length, "trainer.limit_train_batches": 1.0}
-    for key, value in before.items():
-        if key in ("tokenizer", "data_sha256") or (step == step_before and key in batch):  # the text is read later
-            continue
-        now = OmegaConf.select(cfg, key)
-        now = defaults.get(key) if now is None else now
-        if now != value:
-            found.append(f"{key}={now} differs from {value} in {path}: {key}={value}, or weights={path} for a new run")
-    return found
-
-
-def check_text(checkpoint: dict[str, Any], path: Path, now: dict[str, Any]) -> None:
-    """Whether the text and the tokenizer are those of the checkpoint at ``path``; otherwise a ValueError."""
-    before = checkpoint.get("fixed_values", {})
-    for key, what in ("data_sha256", "text"), ("tokenizer", "tokenizer"):
-        if before.get(key, now[key]) != now[key]:
+        Raises:
+            ValueError: one of these is not so.
+        """
+        if self.path is None:
+            return
+        before, now = self.checkpoint.get("fixed_values", {}), data.fixed_values()
+        for key, what in ("data_sha256", "text"), ("tokenizer", "tokenizer"):
+            if before.get(key, now[key]) != now[key]:
+                raise ValueError(
+                    f"data.path={data.config.source} has another {what} than {self.path} was trained on ({key} "
+                    f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for "
+                    f"a new run on this one"
+                )
+        windows = batches * data.batch_windows
+        if (expected := self.checkpoint.get("epoch_windows", windows)) != windows:
+            batch = self.checkpoint["batch_windows"]
             raise ValueError(
-                f"data.path: the {what} is not the one that {path} was trained on ({key} {now[key][:12]}, was "
-                f"{before[key][:12]}): data.path=<that text>, or weights={path} for a new run on this one"
+                f"an epoch would have {windows:,} windows, in {self.path} it has {expected:,}, in batches of {batch}; "
+                f"use trainer.devices x data.batch_size = {batch}, or weights={self.path} for a new run"
+            )
+        if self.step >= steps and finished:
+            raise ValueError(
+                f"{self.path} is at step {self.step} of {steps:,}, there is nothing left to do; "
+                f"use trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
 
+    def take_over(self, folder: Path) -> None:
+        """Make the checkpoint that is continued the ``last.ckpt`` of its run, in ``folder``."""
+        if self.path and self.path.parent == folder / "checkpoints" and processes.rank() == 0:
+            make_last(self.path)
 
-def check_epoch(checkpoint: dict[str, Any], path: Path, windows: int) -> None:
-    """Whether an epoch has as many ``windows`` as in the run of the checkpoint, whose batches may have been of another
-    size, for another number of devices; otherwise a ValueError."""
-    before = checkpoint.get("epoch_windows", windows)
-    if before != windows:
-        batch = checkpoint["batch_windows"]
+    def length(self, steps: float) -> float:
+        """The optimizer steps over which the learning rate's curve is laid out, in a run of ``steps`` steps.
+
+        Raises:
+            ValueError: the run that is continued had another length, and ``schedule.on_resume`` is not set.
+        """
+        schedule, peak = self.config.schedule, self.config.optimizer.learning_rate
+        before = self.checkpoint.get("schedule_steps", steps)
+        if schedule.name == "constant" or before == steps or schedule.on_resume == "stretch":
+            return steps
+        if schedule.on_resume == "keep":
+            return before
+        now, last, stretched = (
+            f"{learning_rate_at(step, total, peak, schedule):.2e}"
+            for step, total in ((self.step, before), (before, before), (self.step, steps))
+        )
         raise ValueError(
-            f"an epoch would have {windows:,} windows, that of {path} has {before:,}, in batches of {batch}: "
-            f"trainer.devices x data.batch_size = {batch}, or weights={path} for a new run"
+            f"the learning rate was laid out over {before:,} steps, the run is to make {steps:,}; use "
+            f"schedule.on_resume=keep (it continues at {now} and stays at {last} from step {before:,}) or "
+            f"schedule.on_resume=stretch (it continues at {stretched}, on a curve of {steps:,} steps)"
         )
 
 
-def steps_of_schedule(cfg: DictConfig, checkpoint: dict[str, Any], steps: float) -> float:
-    """The optimizer steps that the learning rate's curve is laid out over, in a run that makes ``steps`` in all.
+def find_start(config: TrainConfig, folder: Path) -> Start:
+    """What the run in ``folder`` starts from; on rank 0 the file is chosen, on the others it is the same.
 
     Raises:
-        ValueError: a continued run has another length, and ``schedule.on_resume`` does not say what that means.
+        ValueError: a checkpoint or weights that cannot be read, or that ``config`` cannot continue.
     """
-    before = checkpoint.get("schedule_steps", steps)
-    if cfg.schedule.name == "constant" or before == steps or cfg.schedule.on_resume == "stretch":
-        return steps
-    if cfg.schedule.on_resume == "keep":
-        return before
-    from src.training.optim import learning_rate_at
+    world_size = processes.world_size()
+    found = _shared(lambda: _checkpoint(config, folder))
+    if found is None:
+        if not config.weights:
+            return Start(config.accumulated(world_size))
+        model, weights = read_weights(config.weights)
+        return Start(config.with_model_of(model, config.weights).accumulated(world_size), weights=weights)
+    path, checkpoint = found
+    if config.trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches={config.trainer.overfit_batches} is a check that cannot be continued; "
+            f"use trainer.overfit_batches=0"
+        )
+    model = GPTConfig(**checkpoint["hyper_parameters"]["model"])
+    if config.weights or config.ckpt_path:
+        config = config.with_model_of(model, str(path))
+    config = config.accumulated(world_size)
+    if problems := [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path),
+                    *_other_values(config, checkpoint, path, world_size)]:  # fmt: skip
+        raise ValueError("\n".join(problems))
+    return Start(config, path, checkpoint)
 
-    config, peak, at = ScheduleConfig(**cfg.schedule), cfg.optimizer.learning_rate, checkpoint["global_step"]
-    kept, last, stretched = (
-        f"{learning_rate_at(step, total, peak, config):.2e}"
-        for step, total in ((at, before), (before, before), (at, steps))
-    )
-    raise ValueError(
-        f"the learning rate was laid out over {before:,} steps, the run is to make {steps:,}: schedule.on_resume=keep "
-        f"(it goes on at {kept} and stays at {last} from step {before:,}) or schedule.on_resume=stretch (it goes on at "
-        f"{stretched}, on a curve of {steps:,} steps)"
-    )
+
+def _checkpoint(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    if config.resume:
+        found = newest_good_checkpoint(folder / "checkpoints")
+        if found is None and any(folder.glob("checkpoints/*.ckpt")):
+            raise ValueError(
+                f"resume={config.resume} has no checkpoint that can be read; use hydra.run.dir=<a new folder>"
+            )
+        if found is not None:
+            return found
+        log.info("%s has no checkpoint yet: starting it again", folder)
+    return good_checkpoint(Path(config.ckpt_path)) if config.ckpt_path else None
+
+
+def _shared(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Path, dict[str, Any]] | None:
+    """What ``look`` finds on rank 0, on every rank."""
+    looked = []
+    path = processes.from_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
+    if looked:
+        return looked[0]
+    return (Path(path), read_checkpoint(Path(path))) if path else None
+
+
+def _other_model(config: TrainConfig, model: GPTConfig, path: Path) -> list[str]:
+    return [
+        f"model.{key}={getattr(config.model, key)} differs from {value} in {path}; use model.{key}={value}"
+        for key, value in model
+        if key not in FREE and getattr(config.model, key) != value
+    ]
+
+
+def _other_optimizer(config: TrainConfig, checkpoint: dict[str, Any], path: Path) -> list[str]:
+    before = checkpoint["hyper_parameters"]["optimizer"].get("name", "adamw")
+    if config.optimizer.name == before:
+        return []
+    return [
+        f"optimizer={config.optimizer.name} cannot use the state of {before} in {path}; use optimizer={before}, or "
+        f"weights={path} for a new run"
+    ]
+
+
+def _other_values(config: TrainConfig, checkpoint: dict[str, Any], path: Path, devices: int) -> list[str]:
+    """How the data or the windows of a step differ from those of the checkpoint at ``path``, a line each."""
+    before, devices_before = checkpoint.get("fixed_values", {}), checkpoint.get("processes", 1)
+    now = _values(config)
+    batch = ("data.batch_size", "trainer.accumulate_grad_batches")
+    step = math.prod(now[key] for key in batch) * devices  # windows
+    step_before = math.prod(before.get(key, now[key]) for key in batch) * devices_before
+    if step != step_before and devices != devices_before:
+        accumulate, rest = divmod(step_before, devices * config.data.batch_size)
+        cure = f"trainer.devices={devices_before}" if rest else f"trainer.accumulate_grad_batches={accumulate}"
+        return [
+            f"a step of {step} windows on {devices} devices differs from the {step_before} on {devices_before} in "
+            f"{path}; use {cure}, or weights={path} for a new run"
+        ]
+    return [
+        f"{key}={now[key]} differs from {value} in {path}; use {key}={value}, or weights={path} for a new run"
+        for key, value in before.items()
+        if key in now and now[key] != value and not (step == step_before and key in batch)
+    ]
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """The values of ``config`` that a continued run cannot change, by the names of the overrides; the text and the
+    tokenizer are compared once they are read."""
+    data, trainer = config.data, config.trainer
+    length = data.context_length or config.model.context_length
+    return {
+        "seed": config.seed,
+        "data.context_length": length,
+        "data.stride": data.stride or length,
+        **{f"data.{key}": getattr(data, key) for key in ("batch_size", "train_ratio", "shuffle", "special_tokens")},
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.limit_train_batches": 1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
+    }

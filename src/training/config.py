@@ -1,172 +1,120 @@
-"""The numbers of a training run, and what makes them impossible."""
+"""The configuration of a training run."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-EVALUATIONS = 25
+from pydantic import ConfigDict, Field, model_validator
+
+from src.config import Config
+from src.data.config import DataConfig
+from src.model.config import GPTConfig
+
+TOKENIZER_SIZE = 50257
+DEFAULT_EPOCHS = 10
+EVALUATIONS = 25  # in a run
 EVAL_SHARE, EVAL_TOKENS = 1 / 500, 4096
-PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", 16, 32, 64)
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """The keys of ``conf/train.yaml`` itself."""
-
-    seed: int = 123
-    name: str = "gpt2"
-    resume: str | None = None
-    ckpt_path: str | None = None
-    weights: str | None = None
-    finite_guard: str = "stop"
-    tokens_per_step: int | None = None
-    compile: bool = False
-    activation_checkpointing: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        found = []
-        if self.seed < 0:
-            found.append(f"seed={self.seed} cannot be negative: seed=123")
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            found.append(f"tokens_per_step={self.tokens_per_step} must be at least 1: tokens_per_step=524288")
-        if self.finite_guard not in ("stop", "rollback"):
-            found.append(f"finite_guard={self.finite_guard} is neither stop nor rollback: finite_guard=stop")
-        for key in ("ckpt_path", "weights"):
-            if (path := getattr(self, key)) and "://" in path:
-                found.append(f"{key}={path} is an address, not a file: fetch it, then {key}=<the file>")
-        if self.ckpt_path and self.weights:
-            found.append("ckpt_path and weights exclude each other: weights=null to continue a run, or ckpt_path=null")
-        if found:
-            raise ValueError("\n".join(found))
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """``adamw`` (Loshchilov & Hutter 2019), or ``muon`` (Jordan et al. 2024) with ``momentum`` for the matrices of the
-    blocks and AdamW for everything else. ``decay`` chooses what ``weight_decay`` pulls towards zero: ``matrices``
-    (neither biases nor layer norms) or ``all``. ``fused=None`` picks AdamW's fused kernel where the device has one."""
+    blocks and AdamW for everything else; ``name`` is a key of :data:`~src.training.optim.OPTIMIZERS`. ``decay`` selects
+    what ``weight_decay`` applies to: ``matrices`` (neither biases nor layer norms) or ``all``. ``fused=None`` picks
+    AdamW's fused kernel where the device has one."""
 
-    name: str = "adamw"
-    learning_rate: float = 6e-4
-    weight_decay: float = 0.1
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    decay: str = "matrices"
+    section: ClassVar[str] = "optimizer"
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(6e-4, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95))
+    eps: float = Field(1e-8, gt=0, lt=1)
+    decay: Literal["matrices", "all"] = "matrices"
     fused: bool | None = None
-    momentum: float = 0.95
+    momentum: float = Field(0.95, ge=0, lt=1)
 
-    def __post_init__(self) -> None:
-        found = []
-        if self.name not in ("adamw", "muon"):
-            found.append(f"optimizer.name={self.name} does not exist: optimizer=adamw or optimizer=muon")
-        if not 0 <= self.momentum < 1:
-            found.append(f"optimizer.momentum={self.momentum} must lie in [0, 1): optimizer.momentum=0.95")
-        if not 0 < self.learning_rate < float("inf"):
-            found.append(f"optimizer.learning_rate={self.learning_rate} must be above 0: optimizer.learning_rate=6e-4")
-        if not 0 <= self.weight_decay < float("inf"):
-            found.append(f"optimizer.weight_decay={self.weight_decay} cannot be negative: optimizer.weight_decay=0.1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"optimizer.betas={list(self.betas)} must be two of [0, 1): 'optimizer.betas=[0.9,0.95]'")
-        if not 0 < self.eps < 1:
-            found.append(f"optimizer.eps={self.eps} must lie between 0 and 1: optimizer.eps=1e-8")
-        if self.decay not in ("matrices", "all"):
-            found.append(f"optimizer.decay={self.decay} is neither matrices nor all: optimizer.decay=matrices")
-        if found:
-            raise ValueError("\n".join(found))
+    @model_validator(mode="after")
+    def _betas_are_below_one(self) -> "OptimizerConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)} must lie in [0, 1); use 'optimizer.betas=[0.9,0.95]'")
+        return self
 
 
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """``warmup_cosine``: linear from ``initial_lr`` to the optimizer's learning rate, then a half cosine to ``min_lr``
-    (Loshchilov & Hutter 2017). ``warmup_stable_decay``: the same warmup, then the peak, and over the last
-    ``decay_steps`` down to ``min_lr`` (Hu et al. 2024, section 4): ``linear``, or ``sqrt``, by 1 - sqrt(share of the
-    decay) (Hägele et al. 2024). Steps below 1 are a share of the run, ``min_lr=None`` is a tenth of the peak.
-    ``on_resume`` says what becomes of the curve of a run that is extended: ``keep`` it (and stay at its end) or
-    ``stretch`` it over the new length. ``constant`` has no further numbers."""
+class ScheduleConfig(Config):
+    """The learning rate as a function of the optimizer step.
 
-    name: str = "constant"
-    warmup_steps: float = 0.2
-    decay_steps: float = 0.2
-    decay: str = "linear"
-    initial_lr: float = 0.0
-    min_lr: float | None = None
-    on_resume: str | None = None
+    ``warmup_cosine`` rises linearly from ``initial_lr`` to the optimizer's learning rate, then follows a half cosine to
+    ``min_lr`` (Loshchilov & Hutter 2017). ``warmup_stable_decay`` has the same warmup, then the peak, and over the last
+    ``decay_steps`` falls to ``min_lr`` (Hu et al. 2024, section 4): ``linear``, or ``sqrt``, by 1 - sqrt(share of the
+    decay) (Hägele et al. 2024). Steps below 1 are a share of the run; ``min_lr=None`` is a tenth of the peak.
+    ``on_resume`` decides what happens to the curve of a run that is extended: ``keep`` it (and stay at its end) or
+    ``stretch`` it over the new length. ``constant`` uses none of these.
+    """
 
-    def __post_init__(self) -> None:
-        found = []
-        if self.on_resume not in (None, "keep", "stretch"):
-            found.append(f"schedule.on_resume={self.on_resume} is neither keep nor stretch: schedule.on_resume=stretch")
-        if self.name not in ("warmup_cosine", "warmup_stable_decay", "constant"):
-            found.append(
-                f"schedule.name={self.name} does not exist: schedule=warmup_cosine, schedule=warmup_stable_decay or "
-                f"schedule=constant"
-            )
-        for key in ("warmup_steps", "decay_steps"):
-            if (value := getattr(self, key)) < 0 or (value > 1 and value % 1):
-                found.append(
-                    f"schedule.{key}={value} is neither a number of steps nor a share below 1: schedule.{key}=0.2"
-                )
+    section: ClassVar[str] = "schedule"
+
+    name: Literal["constant", "warmup_cosine", "warmup_stable_decay"] = "constant"
+    warmup_steps: float = Field(0.2, ge=0)
+    decay_steps: float = Field(0.2, ge=0)
+    decay: Literal["linear", "sqrt"] = "linear"
+    initial_lr: float = Field(0.0, ge=0)
+    min_lr: float | None = Field(None, ge=0, examples=[0])
+    on_resume: Literal["keep", "stretch"] | None = Field(None, examples=["stretch"])
+
+    @model_validator(mode="after")
+    def _shares_fit_the_run(self) -> "ScheduleConfig":
+        found = [
+            f"schedule.{key}={value} is neither a number of steps nor a share below 1; use schedule.{key}=0.2"
+            for key, value in (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps))
+            if value > 1 and value % 1
+        ]
         shares = max(self.warmup_steps, self.decay_steps) < 1
         if shares and (problem := self.problem_of_length(1_000_000, "the run")):
             found.append(problem)
-        if self.decay not in ("linear", "sqrt"):
-            found.append(f"schedule.decay={self.decay} is neither linear nor sqrt: schedule.decay=linear")
-        for key in ("initial_lr", "min_lr"):
-            if (getattr(self, key) or 0) < 0:
-                found.append(f"schedule.{key}={getattr(self, key)} cannot be negative: schedule.{key}=0")
         if found:
             raise ValueError("\n".join(found))
+        return self
 
-    def resolved_warmup(self, total_steps: int) -> int:
+    def resolved_warmup(self, total_steps: float) -> int:
         """Warmup steps of a run of ``total_steps``."""
         return _steps(self.warmup_steps, total_steps)
 
-    def resolved_decay(self, total_steps: int) -> int:
+    def resolved_decay(self, total_steps: float) -> int:
         """Steps of ``warmup_stable_decay``'s decay in a run of ``total_steps``."""
         return _steps(self.decay_steps, total_steps)
 
-    def problem_of_length(self, total_steps: int, length: str) -> str | None:
+    def problem_of_length(self, total_steps: float, length: str) -> str | None:
         """Why the curve does not fit into a run of ``total_steps``, which the user knows as ``length``."""
         parts = {"constant": (), "warmup_cosine": ("warmup_steps",)}.get(self.name, ("warmup_steps", "decay_steps"))
         if sum(_steps(getattr(self, key), total_steps) for key in parts) <= total_steps:
             return None
         asked = " and ".join(f"schedule.{key}={getattr(self, key):g}" for key in parts)
-        return f"{asked} asks for more steps than {length}: {' '.join(f'schedule.{key}=0.2' for key in parts)}"
+        return f"{asked} is more steps than {length}; use {' '.join(f'schedule.{key}=0.2' for key in parts)}"
 
 
-def _steps(steps_or_share: float, total_steps: int) -> int:
+def _steps(steps_or_share: float, total_steps: float) -> int:
     return int(steps_or_share * total_steps) if steps_or_share < 1 else int(steps_or_share)
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Config):
     """When to evaluate, and over how much of each split.
 
-    ``every_steps=None`` makes about :data:`EVALUATIONS` of them. ``max_tokens=None`` scores the whole validation split,
-    or, where that is less, :data:`EVAL_SHARE` of the tokens that the run trains on, but :data:`EVAL_TOKENS` at least:
-    a forward pass takes a third of a training step's operations, so all evaluations of both splits take below 5 % of
-    the run. ``batches`` scores so many batches of each split instead, as the book does.
+    ``every_steps=None`` makes about :data:`EVALUATIONS` evaluations. ``max_tokens=None`` scores the whole validation
+    split, or at most :data:`EVAL_SHARE` of the tokens that the run trains on (but at least :data:`EVAL_TOKENS`): a
+    forward pass takes a third of a training step's operations, so all evaluations of both splits take below 5 % of the
+    run. ``batches`` scores that many batches of each split instead, as the book does.
     """
 
-    every_steps: int | None = None
-    max_tokens: int | None = None
-    batches: int | None = None
+    section: ClassVar[str] = "eval"
 
-    def __post_init__(self) -> None:
-        found = [
-            f"eval.{key}={getattr(self, key)} must be at least 1: eval.{key}=null"
-            for key in ("every_steps", "max_tokens", "batches")
-            if getattr(self, key) is not None and getattr(self, key) < 1
-        ]
-        if found:
-            raise ValueError("\n".join(found))
+    every_steps: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    batches: int | None = Field(None, ge=1)
 
     def resolved_every_steps(self, total_steps: float, steps_per_epoch: int) -> int:
-        """Optimizer steps between evaluations; of a run without an end, an epoch."""
+        """Optimizer steps between evaluations; an epoch where the run has no end."""
         if self.every_steps is not None:
             return self.every_steps
-        return max(math.ceil(total_steps / EVALUATIONS), 1) if math.isfinite(total_steps) else steps_per_epoch
+        return max(round(total_steps / EVALUATIONS), 1) if math.isfinite(total_steps) else steps_per_epoch
 
     def resolved_max_tokens(self, total_tokens: float) -> int:
         """The most tokens of each split that an evaluation scores, in a run that trains on ``total_tokens``."""
@@ -175,73 +123,204 @@ class EvalConfig:
         return max(int(total_tokens * EVAL_SHARE), EVAL_TOKENS) if math.isfinite(total_tokens) else EVAL_TOKENS
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to write ``last.ckpt`` besides the end of the run: every so many steps, every so many minutes, or both."""
+class CheckpointConfig(Config):
+    """When ``last.ckpt`` is written besides the end of the run: every so many steps, every so many minutes, or both."""
 
-    every_steps: int | None = None
-    every_minutes: float | None = 10.0
+    section: ClassVar[str] = "checkpoint"
 
-    def __post_init__(self) -> None:
-        found = [
-            f"checkpoint.{key}={getattr(self, key)} must be above 0, or null for never: checkpoint.{key}=null"
-            for key in ("every_steps", "every_minutes")
-            if getattr(self, key) is not None and getattr(self, key) <= 0
-        ]
-        if found:
-            raise ValueError("\n".join(found))
+    every_steps: int | None = Field(None, gt=0)
+    every_minutes: float | None = Field(10.0, gt=0, examples=[None])
 
 
-@dataclass(frozen=True)
-class TrainerLimits:
-    """Those arguments of Lightning's Trainer whose values can be judged before Lightning is imported."""
+class TrainerConfig(Config):
+    """The arguments of Lightning's Trainer: those whose values can be checked before Lightning is imported, and any
+    others, which Lightning checks."""
 
-    accelerator: str = "auto"
-    precision: Any = None
-    num_nodes: int = 1
-    max_epochs: int | None = None
-    min_epochs: int | None = None
-    max_steps: int = -1
-    min_steps: int | None = None
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = 1.0
-    gradient_clip_algorithm: str | None = None
-    log_every_n_steps: int = 1
-    limit_train_batches: float | None = None
+    section: ClassVar[str] = "trainer"
+    model_config = ConfigDict(extra="allow")
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", examples=["ddp"])
+    devices: Any = 1
+    num_nodes: int = Field(1, ge=1)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", 16, 32, 64] | None = None
+    max_epochs: int | None = Field(None, ge=-1, examples=[10])
+    max_steps: int = Field(-1, ge=-1)
+    accumulate_grad_batches: int = Field(1, ge=1)
+    gradient_clip_val: float | None = Field(1.0, ge=0)
+    gradient_clip_algorithm: Literal["norm", "value"] | None = Field(None, examples=["norm"])
+    log_every_n_steps: int = Field(1, ge=0)
+    limit_train_batches: int | float | None = Field(None, ge=0)
     limit_val_batches: Any = None
-    overfit_batches: float = 0.0
+    overfit_batches: int | float = Field(0.0, ge=0)
+    val_check_interval: int | float | None = None
+    check_val_every_n_epoch: int | None = None
     enable_checkpointing: bool = True
+    enable_progress_bar: bool | None = None
+    use_distributed_sampler: bool = False
 
-    def __post_init__(self) -> None:
-        found = []
-        for key, smallest, cure in (
-            ("num_nodes", 1, 1),
-            ("max_epochs", -1, 10),
-            ("max_steps", -1, -1),
-            ("accumulate_grad_batches", 1, 1),
-            ("gradient_clip_val", 0, 1.0),
-            ("log_every_n_steps", 0, 1),
-            ("limit_train_batches", 0, "null"),
-            ("overfit_batches", 0, 0.0),
-        ):
-            value = getattr(self, key)
-            if value is not None and not value >= smallest:
-                found.append(f"trainer.{key}={value} must be at least {smallest}: trainer.{key}={cure}")
+    @model_validator(mode="after")
+    def _something_is_trained_and_evaluated(self) -> "TrainerConfig":
+        found = [
+            f"trainer.{key}=0 trains nothing; use trainer.{key}=1, or dry_run=true to check a run"
+            for key in ("max_epochs", "max_steps", "limit_train_batches")
+            if getattr(self, key) == 0
+        ]
         if self.limit_val_batches not in (None, 0) and repr(self.limit_val_batches) != "1.0":
             found.append(
-                f"trainer.limit_val_batches={self.limit_val_batches} would evaluate the beginning of the split alone: "
-                f"eval.max_tokens=<n> for windows spread over it, or trainer.limit_val_batches=0 for no evaluation"
+                f"trainer.limit_val_batches={self.limit_val_batches} would evaluate only the beginning of the split; "
+                f"use eval.max_tokens=<n> for windows spread over it, or trainer.limit_val_batches=0 for no evaluation"
             )
-        for key in ("max_epochs", "max_steps", "limit_train_batches"):
-            if getattr(self, key) == 0:
-                found.append(f"trainer.{key}=0 trains nothing: trainer.{key}=1, or dry_run=true to check a run")
-        for key, allowed in (
-            ("accelerator", ("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
-            ("gradient_clip_algorithm", (None, "norm", "value")),
-            ("precision", PRECISIONS),
-        ):
-            if (value := getattr(self, key)) not in allowed:
-                names = ", ".join("null" if choice is None else str(choice) for choice in allowed)
-                found.append(f"trainer.{key}={value} is none of {names}: trainer.{key}={allowed[0] or 'null'}")
         if found:
             raise ValueError("\n".join(found))
+        return self
+
+    @property
+    def epochs(self) -> int | None:
+        """``max_epochs``, or ten where neither epochs nor steps are limited."""
+        return DEFAULT_EPOCHS if self.max_epochs is None and self.max_steps == -1 else self.max_epochs
+
+
+class TrainConfig(Config):
+    """Everything that ``python -m src.train`` composes. ``callbacks`` and ``logger`` hold nodes with a ``_target_``;
+    keys that a user adds (``+tags=[a]``) are allowed and kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    seed: int = Field(123, ge=0)
+    name: str = "gpt2"
+    resume: str | None = None
+    ckpt_path: str | None = None
+    weights: str | None = None
+    skip_batches: tuple[int, ...] = ()
+    tokens_per_step: int | None = Field(None, ge=1, examples=[524288])
+    kernels: Literal["fast", "plain"] = "fast"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    dry_run: bool = False
+    model: GPTConfig = GPTConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    callbacks: dict[str, Any] = Field(default_factory=dict)
+    logger: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "TrainConfig":
+        if found := [*self._beginnings(), *self._nodes(), *self._lengths()]:
+            raise ValueError("\n".join(found))
+        if not (self.weights or self.ckpt_path):  # which bring their own model
+            check_model(self.model, self.data)
+        return self
+
+    def _beginnings(self) -> list[str]:
+        found = [
+            f"{key}={path} is an address, not a file; download it, then use {key}=<the file>"
+            for key, path in (("ckpt_path", self.ckpt_path), ("weights", self.weights))
+            if path and "://" in path
+        ]
+        if self.ckpt_path and self.weights:
+            found.append(
+                f"ckpt_path={self.ckpt_path} and weights={self.weights} exclude each other; use weights=null to "
+                f"continue a run, or ckpt_path=null"
+            )
+        return found
+
+    def _nodes(self) -> list[str]:
+        return [
+            f"{group}.{name}={node} has no _target_ to build; use ~{group}.{name}"
+            for group in ("callbacks", "logger")
+            for name, node in getattr(self, group).items()
+            if node is not None and not (isinstance(node, dict) and "_target_" in node)
+        ]
+
+    def _lengths(self) -> list[str]:
+        schedule, trainer, peak = self.schedule, self.trainer, self.optimizer.learning_rate
+        if schedule.name == "constant":
+            return []
+        found = []
+        if trainer.max_steps > 0:
+            problem = schedule.problem_of_length(trainer.max_steps, f"trainer.max_steps={trainer.max_steps}")
+            found += [problem] if problem else []
+        if trainer.max_steps == trainer.max_epochs == -1:
+            found.append(
+                f"trainer.max_epochs=-1 leaves schedule={schedule.name} without an end; "
+                f"use trainer.max_steps=<n> or schedule=constant"
+            )
+        found += [
+            f"schedule.{key}={value} is above optimizer.learning_rate={peak}; use schedule.{key}=0"
+            for key, value in (("initial_lr", schedule.initial_lr), ("min_lr", schedule.min_lr))
+            if (value or 0) > peak
+        ]
+        return found
+
+    def accumulated(self, world_size: int) -> "TrainConfig":
+        """A config with the ``trainer.accumulate_grad_batches`` that makes ``tokens_per_step`` on ``world_size``
+        devices.
+
+        Raises:
+            ValueError: no whole number does.
+        """
+        asked, given = self.tokens_per_step, self.trainer.accumulate_grad_batches
+        if asked is None:
+            return self
+        batch = self.data.batch_size * (self.data.context_length or self.model.context_length) * world_size
+        batches, left = divmod(asked, batch)
+        if left:
+            nearest = max(round(asked / batch), 1) * batch
+            raise ValueError(
+                f"tokens_per_step={asked} is not a multiple of the {batch} tokens of a batch (data.batch_size * "
+                f"data.context_length * devices); use tokens_per_step={nearest}"
+            )
+        if given not in (1, batches):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={given} is not the {batches} that tokens_per_step={asked} needs; "
+                f"use trainer.accumulate_grad_batches=1"
+            )
+        return self.changed(trainer=self.trainer.changed(accumulate_grad_batches=batches))
+
+    def with_model_of(self, model: GPTConfig, source: str) -> "TrainConfig":
+        """A config with the ``model`` of ``source`` (weights or a checkpoint), which keeps its own dropout.
+
+        Raises:
+            ValueError: a value of another model was asked for, that is, neither the default nor that of ``source``.
+        """
+        default, found, brought = GPTConfig(), [], {}
+        for key in GPTConfig.model_fields:
+            asked, value = getattr(self.model, key), getattr(model, key)
+            if key in FREE:
+                continue
+            brought[key] = value
+            if asked not in (value, getattr(default, key)):
+                found.append(
+                    f"model.{key}={asked} differs from {value} in {source}, which brings its own model; leave out "
+                    f"model, model.{key} and experiments that set it"
+                )
+        if found:
+            raise ValueError("\n".join(found))
+        new = self.model.changed(**brought)
+        data = self.data if self.data.context_length else self.data.changed(context_length=new.context_length)
+        check_model(new, data, source)
+        return self.changed(model=new, data=data)
+
+
+FREE = ("drop_rate", "init")  # of the model: what a continued run may change
+
+
+def check_model(model: GPTConfig, data: DataConfig, source: str | None = None) -> None:
+    """Raise a ValueError where the windows of ``data`` do not fit the model, which ``source`` may have brought."""
+    found, longest = [], model.context_length
+    if model.vocab_size < TOKENIZER_SIZE:
+        cure = f"weights=<a model of {TOKENIZER_SIZE:,} tokens>" if source else f"model.vocab_size={TOKENIZER_SIZE}"
+        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's {TOKENIZER_SIZE}; use {cure}")
+    if (data.context_length or 1) > longest:
+        cure = "" if source else f"model.context_length={data.context_length}, or "
+        found.append(
+            f"data.context_length={data.context_length} is more than the model's {longest}; "
+            f"use {cure}data.context_length={longest}"
+        )
+    if found:
+        raise ValueError("\n".join(found))

@@ -1,75 +1,92 @@
-"""What happens when a loss or a gradient is no longer a number."""
+"""Before each optimizer step: the gradient's norm is taken, checked, clipped and logged."""
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from src.checkpoint.position import own_data
 from src.files import write_json
 from src.tokenizer import token_ids_to_text
-from src.checkpoint.position import own_data
-
-MAX_ROLLBACKS = 3
 
 
 class NonFiniteError(ValueError):
-    """A step whose loss or gradient is infinite or NaN, met before its update; ``batches`` counts from the run's
-    first batch."""
-
-    def __init__(self, message: str, batches: list[int]) -> None:
-        super().__init__(message)
-        self.batches = batches
+    """The loss or the gradient of an optimizer step is infinite or NaN; the step was not made."""
 
 
-@dataclass
-class StepSoFar:
-    """The batches of the optimizer step under way: their places in the run, inputs ``(B, T)`` and losses."""
+class FiniteGuard(Callback):
+    """Refuses a step whose loss or gradient is infinite or NaN, clips the gradient, and logs ``grad_norm``, its norm
+    before clipping.
 
-    batches: list[int] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-
-    def add(self, batch: int, inputs: Tensor, loss: Tensor) -> None:
-        self.batches.append(batch)
-        self.inputs.append(inputs)
-        self.losses.append(loss)
-
-
-def stop(trainer: Trainer, step: StepSoFar, norm: float, lr: float) -> None:
-    """Write ``non_finite.json`` into the trainer's root folder: everything about the step that must not be made. To be
-    called by all processes of a run.
+    ``clip_val`` is the largest norm (``algorithm="norm"``) or absolute value (``"value"``); None clips nothing.
+    Lightning's own clipping refuses fused optimizers under 16-bit mixed precision. What is known of a refused step goes
+    to ``non_finite.json`` in the trainer's root folder.
 
     Raises:
-        NonFiniteError: always.
+        NonFiniteError: on every rank, before the weights change.
     """
-    own = [(inputs.cpu(), loss.item()) for inputs, loss in zip(step.inputs, step.losses, strict=True)]
-    shares = [own] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(shares, own)
-    inputs = [torch.cat([rows for rows, _ in batch]) for batch in zip(*shares, strict=True)]  # (B, T) of all processes
-    losses = [math.fsum(loss for _, loss in batch) / len(shares) for batch in zip(*shares, strict=True)]
-    report = {
-        "step": trainer.global_step + 1,
-        "lr": lr,
-        "grad_norm": norm,
-        "batches": [
-            {"batch": batch, "loss": loss, "windows": _windows(trainer, batch, inputs)}
-            for batch, loss, inputs in zip(step.batches, losses, inputs, strict=True)
-        ],
-    }
-    path = Path(trainer.default_root_dir, "non_finite.json")
-    if trainer.is_global_zero:
-        write_json(path, report)
-    raise NonFiniteError(
-        f"step {report['step']} was not made: its loss is {sum(losses) / len(losses):g} and the norm of its gradient "
-        f"{norm:g}; its text is in {path}: optimizer.learning_rate=<less than {lr:.1e}>, or finite_guard=rollback to "
-        f"go back to the last checkpoint and leave this text out",
-        step.batches,
-    )
+
+    def __init__(self, clip_val: float | None = None, algorithm: str | None = None) -> None:
+        self.clip_val = clip_val
+        self.algorithm = algorithm or "norm"
+        self._inputs: list[tuple[int, Tensor]] = []  # of the step under way: the batch's place in the run, (B, T)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._inputs = []
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        if pl_module.batches_seen not in pl_module.skip_batches:
+            self._inputs.append((pl_module.batches_seen, batch[0]))
+
+    def on_before_optimizer_step(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Any, optimizer: Optimizer
+    ) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        losses = torch.stack(pl_module.step_losses) if pl_module.step_losses else norm.new_zeros(1)
+        finite = trainer.strategy.reduce(losses, reduce_op="mean").isfinite().all()  # the same on every rank
+        if scaler is None:  # with a scaler, such a step is left out and the scale lowered
+            finite &= norm.isfinite()
+        if not finite:
+            self._refuse(trainer, pl_module.step_losses, norm.item(), optimizer.param_groups[0]["lr"])
+        self._inputs = []
+        if self.clip_val and self.algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, self.clip_val)
+        elif self.clip_val and norm > self.clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_val, norm)
+        pl_module.log_exactly(grad_norm=norm)
+
+    def _refuse(self, trainer: Trainer, losses: list[Tensor], norm: float, lr: float) -> NoReturn:
+        own = [(inputs.cpu(), loss.item()) for (_, inputs), loss in zip(self._inputs, losses, strict=True)]
+        ranks = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(ranks, own)
+        batches = []
+        for (number, _), *of_ranks in zip(self._inputs, *ranks, strict=True):
+            inputs = torch.cat([rows for rows, _ in of_ranks])  # (B, T) of all ranks
+            loss = math.fsum(loss for _, loss in of_ranks) / len(ranks)
+            batches.append({"batch": number, "loss": loss, "windows": _windows(trainer, number, inputs)})
+        step, path = trainer.global_step + 1, Path(trainer.default_root_dir, "non_finite.json")
+        if trainer.is_global_zero:
+            write_json(path, {"step": step, "lr": lr, "grad_norm": norm, "batches": batches})
+        loss = sum(batch["loss"] for batch in batches) / len(batches)
+        numbers = ",".join(str(batch["batch"]) for batch in batches)
+        raise NonFiniteError(
+            f"step {step} was not made: its loss is {loss:g} and the norm of its gradient {norm:g}; its text is in "
+            f"{path}; use optimizer.learning_rate=<less than {lr:.1e}>, or resume={trainer.default_root_dir} "
+            f"'skip_batches=[{numbers}]' to leave this text out"
+        )
 
 
 def _windows(trainer: Trainer, batch: int, inputs: Tensor) -> list[dict[str, Any]]:

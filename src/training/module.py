@@ -1,40 +1,38 @@
-"""The LightningModule: the loss of a batch, its gradient's norm, and the evaluation of both splits."""
+"""The LightningModule: the loss of a batch, the optimizer and its schedule, and the evaluation of both splits."""
 
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
-from src.training.finite_guard import StepSoFar, stop
+from src.training.finite_guard import FiniteGuard
 from src.training.loss import next_token_loss
-from src.training.optim import build_optimizer, learning_rate_at
-from src.checkpoint.position import own_data, rescale_position, restore_position, write_position, write_run
-from src.training.sharded import FullyShardedStrategy, share_out
+from src.training.optim import apply_rates, build_optimizer, learning_rate_at
+from src.training.sharded import FullyShardedStrategy, shard
 
-EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.eval_dataloaders
+EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.val_dataloader
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
 
 
 class PretrainingModule(LightningModule):
     """Trains a :class:`~src.model.gpt.GPT`, its ``net``, to predict the next token.
 
-    ``model``, ``optimizer`` and ``schedule`` are the fields of GPTConfig, OptimizerConfig and ScheduleConfig, as
-    dictionaries or as those dataclasses. They are kept in the checkpoint as plain dictionaries, so
-    ``PretrainingModule.load_from_checkpoint(path)`` needs nothing else.
+    ``model``, ``optimizer`` and ``schedule`` are configs or dictionaries of their fields. The checkpoint keeps them as
+    plain dictionaries, so ``PretrainingModule.load_from_checkpoint(path)`` needs nothing else. The schedule is laid out
+    over ``total_steps`` optimizer steps, by default those of the Trainer. Batches in ``skip_batches``, counted from the
+    first one of the run, are not trained on.
 
     Logged with every ``trainer.log_every_n_steps``-th optimizer step, counted from 1: ``train/loss`` (mean over the
-    step's micro-batches), ``grad_norm`` (before clipping), ``lr``, ``tokens_seen``, ``epoch`` (fractional).
+    step's micro-batches), ``lr``, ``tokens_seen``, ``epoch`` (fractional).
     Logged by every evaluation: ``val/loss`` and ``train/eval_loss``, in nats per token over all tokens evaluated.
     """
 
@@ -44,130 +42,90 @@ class PretrainingModule(LightningModule):
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         schedule: ScheduleConfig | dict[str, Any] | None = None,
         seed: int = 123,
+        total_steps: float | None = None,
+        skip_batches: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        given = {"model": model, "optimizer": optimizer or {}, "schedule": schedule or {}}
-        plain = {key: asdict(value) if is_dataclass(value) else dict(value) for key, value in given.items()}
+        self.model_config = model if isinstance(model, GPTConfig) else GPTConfig(**model)
+        self.optimizer_config = OptimizerConfig(**dict(optimizer or {}))
+        self.schedule_config = ScheduleConfig(**dict(schedule or {}))
+        configs = {"model": self.model_config, "optimizer": self.optimizer_config, "schedule": self.schedule_config}
+        plain = {name: config.model_dump(mode="json") for name, config in configs.items()}
         self.save_hyperparameters({**plain, "seed": seed}, logger=False)
-        self.optimizer_config = OptimizerConfig(**plain["optimizer"])
-        self.schedule_config = ScheduleConfig(**plain["schedule"])
         self.seed = seed
-        self.net = GPT(GPTConfig(**plain["model"]))
+        self.total_steps = total_steps
+        self.skip_batches = set(skip_batches)
+        self.net = GPT(self.model_config)
         self.tokens_seen = 0
         self.steps_made = 0  # by this process
-        self.schedule_steps: float | None = None  # that the schedule is laid out over; None: those of this run
-        self.skipped_batches: set[int] = set()  # left out, counted from the run's first batch
+        self.step_losses: list[Tensor] = []  # of the micro-batches of the optimizer step under way
         self.evaluated_step: int | None = None
         self.evaluated: dict[str, float] = {}  # the losses of that step
-        self.evaluated_tokens: dict[str, int] = {}  # of each split, that they are the mean over
+        self.evaluated_tokens: dict[str, int] = {}  # of each split: what these losses are the mean over
         self._eval_sums: dict[str, Tensor] = {}  # split -> sum of losses, number of tokens
-        self._step = StepSoFar()
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Of the model's predictions from ``inputs`` ``(B, T)``; see :func:`~src.training.loss.next_token_loss`."""
+        """Cross-entropy of the model's predictions from ``inputs`` ``(B, T)`` against ``targets`` ``(B, T)``; see
+        :func:`~src.training.loss.next_token_loss`."""
         compiled = self.net.compiled and torch.is_grad_enabled()
         return next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction, compiled)
 
-    @property
-    def epochs_seen(self) -> float:
-        """Epochs trained so far, fractions included; 0 before the first batch."""
-        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return batches / self.trainer.num_training_batches if batches else 0.0
-
-    def configure_model(self) -> None:
-        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is only loaded
-        if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
-            share_out(self.net, self.device_mesh["data_parallel"])
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.net, self.optimizer_config)
-        if self.schedule_steps is None:
-            self.schedule_steps = self.trainer.estimated_stepping_batches
-        total, peak, schedule = self.schedule_steps, self.optimizer_config.learning_rate, self.schedule_config
-        scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, total, peak, schedule) / peak)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        self._step = StepSoFar()  # what a step that failed has left
-        restore_position(self.trainer)
-        # Restored optimizers and schedules bring their old numbers along; those of this run's config hold.
-        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        fresh = build_optimizer(self.net, self.optimizer_config).param_groups
-        scheduler.base_lrs = [group["lr"] for group in fresh]
-        for group, new in zip(optimizer.param_groups, fresh, strict=True):
-            group |= {key: value for key, value in new.items() if key not in ("params", "fused")}  # as its state lies
-            group |= {"initial_lr": new["lr"], "lr": new["lr"] * scheduler.lr_lambdas[0](self.global_step)}
-
-    @property
-    def _batch(self) -> int:
-        """The current batch, counted from the run's first."""
-        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+    # Training
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, micro-batch, rank): whatever else draws random numbers cannot change it.
-        position = [self.seed, self._batch, self.global_rank]
+        position = [self.seed, self.batches_seen, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        inputs, targets = batch
-        if self._batch in self.skipped_batches:  # None is nothing for Lightning where several processes train
-            return None if self.trainer.world_size == 1 else 0 * self.net(torch.zeros_like(inputs)).sum()
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch  # each (B, T)
+        if self.batches_seen in self.skip_batches:
+            return 0 * self.net(torch.zeros_like(inputs)).sum()  # every rank of a sharded model needs a backward pass
         loss = self.loss(inputs, targets)
-        self._step.add(self._batch, inputs, loss.detach())
+        self.step_losses.append(loss.detach())
         self.tokens_seen += inputs.numel() * self.trainer.world_size
         return loss
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning's own clipping refuses fused optimizers under mixed precision; the norm is wanted anyway.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)
-        if not self._step.losses:  # all skipped: the optimizer moves nothing
-            optimizer.zero_grad()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        losses = torch.stack(self._step.losses) if self._step.losses else torch.zeros(1, device=self.device)
-        losses = self.trainer.strategy.reduce(losses, reduce_op="mean")  # over the processes: all of them stop, or none
-        finite = losses.isfinite().all()
-        if scaler is None:  # which leaves such a step out by itself, and lowers its scale
-            finite &= norm.isfinite()
-        if not finite:
-            stop(self.trainer, self._step, norm.item(), optimizer.param_groups[0]["lr"])
-        if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("value"):
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val and norm > gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.steps_made += 1
-        if self._step.losses:  # not all skipped
-            self.log("train/loss", losses.mean())
-        self._step = StepSoFar()
-        metrics = {
-            "step": self.global_step + 1,
-            "epoch": self.epochs_seen,
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-            "tokens_seen": self.tokens_seen,
-        }
-        self.log_dict({key: self._exact(value) for key, value in metrics.items()})
+        if self.step_losses:
+            self.log("train/loss", self.trainer.strategy.reduce(torch.stack(self.step_losses), reduce_op="mean").mean())
+        else:  # all of the step's batches were skipped: change nothing
+            optimizer.zero_grad()
+        self._scale_short_step(optimizer)
+        self.step_losses = []
+        self.log_exactly(
+            step=self.global_step + 1,
+            epoch=self.epochs_seen,
+            lr=optimizer.param_groups[0]["lr"],
+            tokens_seen=self.tokens_seen,
+        )
+
+    def _scale_short_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient the mean over the step's micro-batches where a user's data end an epoch with fewer of them
+        than ``accumulate_grad_batches``, by which Lightning divides."""
+        asked = self.trainer.accumulate_grad_batches
+        left = (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % asked
+        if left and self.trainer.is_last_batch:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(asked / left)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad()  # now: Lightning would keep the gradients through the next forward pass
 
+    # Evaluation
+
     def on_validation_epoch_start(self) -> None:
         self._eval_sums = {}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        inputs, targets = batch
+        inputs, targets = batch  # each (B, T)
         loss = self.loss(inputs, targets, reduction="sum")
         # One tensor for all batches: a small one that lies between large buffers keeps their memory from being reused.
         sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact([0.0, 0.0]))
@@ -184,25 +142,64 @@ class PretrainingModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         losses = {EVAL_LOSS[split]: loss for split, loss in self.eval_losses().items()}
-        position = {"step": self._exact(self.global_step), "tokens_seen": self._exact(self.tokens_seen)}
-        self.log_dict(losses | position)
+        self.log_dict(losses)
+        self.log_exactly(step=self.global_step, tokens_seen=self.tokens_seen)
         self.evaluated_step = self.global_step
         self.evaluated = {key: loss.item() for key, loss in losses.items()}
 
-    def _exact(self, value: Any) -> Tensor:
-        """``value`` in the widest float of this device: float32 holds no token count beyond 16,777,216."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.as_tensor(value, dtype=dtype, device=self.device)
+    # Optimizer, schedule, devices
+
+    def configure_callbacks(self) -> list[Callback]:
+        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)
+        return [] if guarded else [FiniteGuard()]  # in a Trainer of the user's own, which clips by itself
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(self.net, self.optimizer_config)
+        if self.total_steps is None:
+            self.total_steps = self.trainer.estimated_stepping_batches
+        peak = self.optimizer_config.learning_rate
+        scheduler = LambdaLR(optimizer, lambda step: self.learning_rate_at(step) / peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0."""
+        assert self.total_steps is not None
+        return learning_rate_at(step, self.total_steps, self.optimizer_config.learning_rate, self.schedule_config)
+
+    def configure_model(self) -> None:
+        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is only loaded
+        if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        apply_rates(self.trainer.optimizers[0], scheduler, build_optimizer(self.net, self.optimizer_config))
+
+    # Position
+
+    @property
+    def batches_seen(self) -> int:
+        """The current micro-batch, counted from the run's first."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+
+    @property
+    def epochs_seen(self) -> float:
+        """Epochs trained so far, fractions included; 0 before the first batch."""
+        batches = self.batches_seen + 1
+        return batches / self.trainer.num_training_batches if batches else 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["schedule_steps"] = self.schedule_steps
-        checkpoint["skipped_batches"] = sorted(self.skipped_batches)
-        write_position(self.trainer, checkpoint)
-        write_run(self.trainer, checkpoint, self.evaluated if self.evaluated_step == self.global_step else {})
+        checkpoint["schedule_steps"] = self.total_steps
+        checkpoint["skipped_batches"] = sorted(self.skip_batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None and (data := own_data(self.trainer)):
-            rescale_position(checkpoint, data.batch_windows)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
-        self.skipped_batches |= set(checkpoint.get("skipped_batches", []))
+
+    def log_exactly(self, **values: float) -> None:
+        """Log ``values`` in the widest float of the device: float32 holds no token count above 16,777,216."""
+        self.log_dict({key: self._exact(value) for key, value in values.items()})
+
+    def _exact(self, value: Any) -> Tensor:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.as_tensor(value, dtype=dtype, device=self.device)

@@ -1,9 +1,12 @@
 """The optimizer, which parameters decay, and what the learning rate is at each step."""
 
 import math
+from collections.abc import Callable
 
 from lightning.pytorch import Trainer
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
@@ -11,31 +14,45 @@ from src.training.muon import MuonAdamW
 
 
 def build_optimizer(net: GPT, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of every parameter of ``net``, with AdamW's fused kernel unless the device has none or ``config``
-    says no."""
-    groups = parameter_groups(net, config)
-    own = 1 if config.name == "muon" else 0  # Muon's groups
+    """The optimizer of every parameter of ``net`` that ``config.name`` selects from :data:`OPTIMIZERS`."""
+    return OPTIMIZERS[config.name](net, config)
+
+
+def adamw(net: GPT, config: OptimizerConfig) -> Optimizer:
+    """AdamW, with its fused kernel unless the device has none or ``config`` says no."""
+    return _adamw(parameter_groups(net, config), net, config)
+
+
+def muon(net: GPT, config: OptimizerConfig) -> Optimizer:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices, *others = parameter_groups(net, config, net.blocks)
+    # an update as large as AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both
+    rate = config.learning_rate
+    own = Muon([matrices], lr=rate, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    return MuonAdamW(own, _adamw(others, net, config))
+
+
+def _adamw(groups: list[dict], net: GPT, config: OptimizerConfig) -> AdamW:
     fused = config.fused
     if fused is None:
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in net.parameters())
-    rate = config.learning_rate
-    adamw = AdamW(groups[own:], lr=rate, betas=tuple(config.betas), eps=config.eps, fused=fused)
-    if not own:
-        return adamw
-    # an update as large as AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both
-    return MuonAdamW(Muon(groups[:own], lr=rate, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"), adamw)
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def parameter_groups(net: GPT, config: OptimizerConfig) -> list[dict]:
-    """Each trainable parameter in exactly one group: of Muon, if that has the matrices of the blocks, with decay, or
-    without.
+# To add an optimizer: a function here, its name in OptimizerConfig.name, and a file in conf/optimizer.
+OPTIMIZERS: dict[str, Callable[[GPT, OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": muon}
+
+
+def parameter_groups(net: GPT, config: OptimizerConfig, blocks: nn.Module | None = None) -> list[dict]:
+    """Each trainable parameter in exactly one group: matrices of ``blocks``, if given, in the first; then those that
+    decay, and those that do not.
 
     Queries, keys and values stay one matrix for Muon: three apart trained no better (val loss 3.488 against 3.485).
     """
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    muons = {id(parameter) for parameter in net.blocks.parameters() if config.name == "muon" and parameter.dim() == 2}
-    matrices = [parameter for parameter in parameters if id(parameter) in muons]
-    others = [parameter for parameter in parameters if id(parameter) not in muons]
+    apart = {id(parameter) for parameter in blocks.parameters() if parameter.dim() == 2} if blocks else set()
+    matrices = [parameter for parameter in parameters if id(parameter) in apart]
+    others = [parameter for parameter in parameters if id(parameter) not in apart]
     decayed = [parameter for parameter in others if config.decay == "all" or parameter.dim() >= 2]
     rest = [parameter for parameter in others if config.decay != "all" and parameter.dim() < 2]
     everything = [*matrices, *decayed, *rest]
@@ -46,6 +63,17 @@ def parameter_groups(net: GPT, config: OptimizerConfig) -> list[dict]:
         {"params": rest, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def apply_rates(optimizer: Optimizer, scheduler: LambdaLR, fresh: Optimizer) -> None:
+    """Give a restored ``optimizer`` and its ``scheduler`` the numbers of the ``fresh`` one: restored state brings those
+    of the run that wrote it."""
+    scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
+    for group, new, factor in zip(optimizer.param_groups, fresh.param_groups, scheduler.lr_lambdas, strict=True):
+        group |= {
+            key: value for key, value in new.items() if key not in ("params", "fused")
+        }  # fused: as its state lies
+        group |= {"initial_lr": new["lr"], "lr": new["lr"] * factor(scheduler.last_epoch)}
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -72,8 +100,8 @@ def batches_per_epoch(trainer: Trainer, batches: int) -> int:
     """How many of an epoch's ``batches`` are trained on.
 
     Raises:
-        ValueError: their number is no multiple of ``trainer.accumulate_grad_batches``; an epoch is a whole number of
-            steps.
+        ValueError: their number is not a multiple of ``trainer.accumulate_grad_batches``; an epoch is a whole number
+            of steps.
     """
     key = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
     limit, accumulate = getattr(trainer, key), trainer.accumulate_grad_batches
@@ -82,8 +110,8 @@ def batches_per_epoch(trainer: Trainer, batches: int) -> int:
         fits = batches // accumulate * accumulate
         cure = f"trainer.{key}={fits}" if fits else f"trainer.accumulate_grad_batches={batches}"
         raise ValueError(
-            f"trainer.{key}={limit} leaves {batches} batches of an epoch, no multiple of "
-            f"trainer.accumulate_grad_batches={accumulate}: {cure}"
+            f"trainer.{key}={limit} leaves {batches} batches of an epoch, not a multiple of "
+            f"trainer.accumulate_grad_batches={accumulate}; use {cure}"
         )
     return batches
 

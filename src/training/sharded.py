@@ -1,4 +1,4 @@
-"""Training with the weights, gradients and optimizer shared out among the processes (FSDP2)."""
+"""Training with weights, gradients and optimizer state sharded over the ranks (FSDP2)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +25,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class FullyShardedStrategy(ModelParallelStrategy):
     """PyTorch's ``fully_shard`` (Zhao et al. 2023, second edition) around each block and around the rest.
 
-    Its checkpoints are those of a single process, in one file, written and read by the same plugin: either can go on
-    where the other stopped. Lightning's own number the optimizer's state by the order of the parameters in the model,
-    which is not that of the optimizer where some parameters decay and others do not.
+    Its checkpoints are those of a single device, in one file, written and read by the same plugin, so either can
+    continue the other. Lightning's own number the optimizer's state by the order of the parameters in the model, which
+    is not that of the optimizer where some parameters decay and others do not.
     """
 
     def setup_environment(self) -> None:
@@ -65,8 +65,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def share_out(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
-    """Let each process keep its part of every parameter of ``net`` only, and ask for the others when it needs them."""
+def shard(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
+    """Shard every parameter of ``net`` over the ranks of ``mesh``; a block's are gathered when it computes."""
     for block in net.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
@@ -74,7 +74,7 @@ def share_out(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
 
 
 def whole_net(net: GPT, trainer: Trainer) -> GPT | None:
-    """``net`` as rank 0 can use it without the others; None on those where it is shared out. All have to ask."""
+    """``net`` as rank 0 can use it without the other ranks; None on these where it is sharded. Every rank calls it."""
     if not isinstance(trainer.strategy, FullyShardedStrategy):
         return net
     weights = trainer.strategy.lightning_module_state_dict()  # empty but on rank 0

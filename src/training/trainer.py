@@ -1,79 +1,97 @@
-"""The Trainer that a config asks for."""
-
-from __future__ import annotations
+"""The Trainer and the module of a run."""
 
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 
-from src.training.config import EvalConfig
+from src.checkpoint.callbacks import RunCheckpoints
 from src.checkpoint.interruption import Interruption
+from src.checkpoint.plugin import SealedCheckpointIO
+from src.checkpoint.position import RunPosition
+from src.device import pick_accelerator, pick_precision
+from src.training.config import TrainConfig
+from src.training.evaluation import NEVER, EvaluationSchedule
+from src.training.finite_guard import FiniteGuard
+from src.training.module import PretrainingModule
+from src.training.sharded import FullyShardedStrategy
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+IGNORED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*is deprecated.*",
+    "Checkpoint directory .* exists and is not empty.*",
+    "The dirpath has changed.*",
+    "You're resuming from.*",
+    ".*recommended to use .*sync_dist.*",  # what is logged is reduced over all ranks already
+)
 
-DEFAULT_EPOCHS = 10
 
-
-def build_trainer(cfg: DictConfig, folder: Path, interruption: Interruption) -> Trainer:
-    from lightning.pytorch import Trainer
-
-    from src.checkpoint.callbacks import RunCheckpoints
-    from src.training.evaluation import NEVER, EvaluationSchedule
-    from src.checkpoint.plugin import SealedCheckpointIO
-    from src.device import pick_accelerator, pick_precision
-    from src.training.sharded import FullyShardedStrategy
-
+def build_trainer(
+    config: TrainConfig,
+    folder: Path,
+    interruption: Interruption,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> Trainer:
+    """Lightning's Trainer with the arguments in ``config.trainer``, our evaluation schedule, gradient guard and
+    checkpoints, and ``callbacks`` and ``loggers`` that watch; ``folder`` is its root folder."""
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it in our words
+        logging.getLogger(name).setLevel(logging.WARNING)  # the start card and the summary say it
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*is deprecated.*",
-        "Checkpoint directory .* exists and is not empty.*",
-        "The dirpath has changed.*",
-        "You're resuming from.*",
-        ".*training_step. returned .None.*",
-        ".*recommended to use .*sync_dist.*",  # what is logged is summed over all processes already
-    ):
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    options = OmegaConf.to_container(cfg.trainer, resolve=True)
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    # TensorBoard's own switch to work without TensorFlow, which takes ten seconds to import where it is installed.
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
+
+    options = config.trainer.model_dump()
+    guard = FiniteGuard(options.pop("gradient_clip_val"), options.pop("gradient_clip_algorithm"))
+    own: list[Callback] = [RunPosition(), guard]
     if options["val_check_interval"] is None and options["check_val_every_n_epoch"] is None:
         options["val_check_interval"] = NEVER
-        callbacks.insert(0, EvaluationSchedule(EvalConfig(**cfg.eval)))
+        own.append(EvaluationSchedule(config.eval))
     elif isinstance(options["val_check_interval"], float) and options["check_val_every_n_epoch"] is None:
         options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
+    checkpoints: list[Callback] = []
     if options["enable_checkpointing"]:
-        callbacks.append(RunCheckpoints(folder / "checkpoints", **cfg.checkpoint, interruption=interruption))
+        checkpoints = [RunCheckpoints(folder / "checkpoints", **dict(config.checkpoint), interruption=interruption)]
     accelerator = pick_accelerator(options["accelerator"])
-    if options["precision"] is None:
-        options["precision"] = pick_precision(accelerator)
-    if options["max_epochs"] is None and options["max_steps"] == -1:
-        options["max_epochs"] = DEFAULT_EPOCHS
+    options["precision"] = options["precision"] or pick_precision(accelerator)
+    options["max_epochs"] = config.trainer.epochs
     options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
         options["strategy"] = FullyShardedStrategy()
-    options["plugins"] = [SealedCheckpointIO(), *(options["plugins"] or [])]
-    # TensorBoard's own switch for working without TensorFlow, which takes ten seconds to import where it is installed.
-    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-    loggers = [instantiate(logger, save_dir=str(folder)) for logger in cfg.logger.values() if logger is not None]
-    trainer = Trainer(**options, callbacks=callbacks, logger=loggers or False, default_root_dir=folder)
-    # The run listens for signals itself, and its processes agree once per step: Lightning's handler would wait for all
-    # of them in the middle of anything, and its own agreement for the GPU at each batch.
+    options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
+    options = {"num_sanity_val_steps": 0, "enable_model_summary": False, **options}
+    trainer = Trainer(
+        **options, callbacks=[*own, *callbacks, *checkpoints], logger=list(loggers) or False, default_root_dir=folder
+    )
+    # The run handles signals itself, and its ranks agree once per step: Lightning's handler would wait for all of them
+    # in the middle of anything, and its own agreement for the GPU at each batch.
     trainer._signal_connector.register_signal_handlers = interruption.install
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 
-def go_on_logging(trainer: Trainer, step: int) -> None:
-    """Let the curves in the run folder go on behind ``step``; what was logged beyond it is logged again."""
+def build_module(
+    config: TrainConfig, total_steps: float | None = None, skip_batches: tuple[int, ...] = ()
+) -> PretrainingModule:
+    """The module that ``config`` describes, its parameters drawn from ``config.seed``."""
+    torch.manual_seed(config.seed)
+    module = PretrainingModule(config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches)
+    module.net.checkpoint_activations = config.activation_checkpointing
+    if config.compile:
+        module.net.compile()
+    return module
+
+
+def continue_logs(trainer: Trainer, step: int) -> None:
+    """Make the loggers of the run folder continue after ``step``; what was logged beyond it is logged again."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        if hasattr(logger, "resume"):  # metrics.csv and the dashboard; others have no memory in the run folder
+        if hasattr(logger, "resume"):  # metrics.csv and TensorBoard
             logger.resume(step)

@@ -1,7 +1,6 @@
-"""Interrupt a run with real signals, resume it, compare: ``python -m src.verify_resume [overrides of src.train]``."""
+"""Interrupts a run with real signals at random moments, resumes it, and compares it with an undisturbed one."""
 
 import csv
-import logging
 import os
 import random
 import signal
@@ -10,84 +9,28 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-from src.cli import app
-from src.runs.record import read_record
+from src.cli.overrides import CONF
 from src.cli.resume import quoted
-from src.train import find_problems as problems_of_training
+from src.runs.record import read_record
 
-log = logging.getLogger(__name__)
-
-WANTED = {
-    "resume": None,
-    "dry_run": False,
-    "trainer.enable_checkpointing": True,
-    "trainer.fast_dev_run": False,
-    "trainer.max_time": None,
-    "trainer.overfit_batches": 0.0,
-}
 OWN_EXIT = {"TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT, "KILL": -signal.SIGKILL}
 
 
-@dataclass(frozen=True)
-class VerifyConfig:
-    """How often to interrupt, with which signals in turn, and the seed of the moments."""
-
-    kills: int = 0
-    signals: list[str] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.kills, int) or self.kills < 1:
-            raise ValueError(f"verify.kills={self.kills} must be at least 1: verify.kills=3")
-        if not self.signals or set(self.signals) - set(OWN_EXIT):
-            raise ValueError(f"verify.signals={self.signals} must be of KILL, TERM, INT: 'verify.signals=[KILL,TERM]'")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"verify.seed={self.seed} must be a whole number: verify.seed=0")
-
-
-def find_problems(cfg: DictConfig) -> list[str]:
-    found = problems_of_training(cfg)
-    try:
-        VerifyConfig(**OmegaConf.to_container(OmegaConf.create(cfg.verify or {})))
-    except (TypeError, ValueError) as error:
-        found.append(str(error))
-    if not any("MetricsCSV" in str(logger.get("_target_")) for logger in cfg.logger.values()):
-        found.append("logger must write metrics.csv, which is compared: logger=csv")
-    for key, wanted in WANTED.items():
-        if OmegaConf.select(cfg, key) != wanted:
-            cure = "null" if wanted is None else str(wanted).lower()
-            found.append(f"{key}={OmegaConf.select(cfg, key)} leaves nothing to resume or to compare: {key}={cure}")
-    return found
-
-
-def verify(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    """Train once undisturbed and once interrupted ``cfg.verify.kills`` times, both under ``folder``.
-
-    Raises:
-        ValueError: the two differ, with the first step that does; or a run failed by itself.
-    """
-    own = ("verify", "checkpoint.every_steps")
-    overrides = [override for override in overrides if not override.lstrip("+").startswith(own)]
-    every = "null" if cfg.checkpoint.every_steps is None else cfg.checkpoint.every_steps
-    overrides.append(f"checkpoint.every_steps={every}")
+def interrupt(folder: Path, overrides: list[str], kills: int, signals: list[str], seed: int = 0) -> list[int]:
+    """Train once undisturbed and once interrupted ``kills`` times by ``signals`` in turn, both under ``folder``; assert
+    that both runs are bit-identical, and return the exit statuses of the interrupted processes."""
     whole, cut = folder / "uninterrupted", folder / "interrupted"
+    statuses = []
     with _started([*overrides, f"hydra.run.dir={quoted(whole)}"], folder / "uninterrupted.log") as process:
-        if process.wait() != 0:
-            raise ValueError(f"the undisturbed run failed by itself: see {folder / 'uninterrupted.log'}")
+        assert process.wait() == 0, (folder / "uninterrupted.log").read_text()
     steps = read_record(whole)["optimizer_steps"]
     seconds_per_step = read_record(whole)["seconds"] / steps
-    log.info("undisturbed: %d steps", steps)
-
-    draw = random.Random(cfg.verify.seed)
-    for number, target in enumerate(sorted(draw.choices(range(1, max(steps, 2)), k=cfg.verify.kills))):
-        name = cfg.verify.signals[number % len(cfg.verify.signals)]
+    draw = random.Random(seed)
+    for number, target in enumerate(sorted(draw.choices(range(1, max(steps, 2)), k=kills))):
+        name = signals[number % len(signals)]
         attempts = len(_attempts(cut))
         with _started(_begin_or_resume(overrides, cut), folder / "interrupted.log") as process:
             begun = False
@@ -98,21 +41,20 @@ def verify(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
             seen = _last_step(cut)
             process.send_signal(getattr(signal, f"SIG{name}"))
             status = process.wait()
+        output = (folder / "interrupted.log").read_text()
         completed = read_record(cut).get("status") == "completed"
-        if status != OWN_EXIT[name] and not completed:
-            raise ValueError(f"SIG{name} at step {seen}: exit status {status}: see {folder / 'interrupted.log'}")
+        assert completed or status == OWN_EXIT[name], output
         saved = _saved_step(cut)
-        log.info("SIG%s at step %d: exit status %d, saved at step %d", name, seen, status, saved)
         logged = seen > (_attempts(cut) or [0])[-1]  # by this attempt, not by one before
-        if name != "KILL" and not completed and logged and not 0 <= saved - seen <= cfg.trainer.log_every_n_steps:
-            raise ValueError(f"SIG{name} at step {seen} was saved at step {saved}, not within one step")
+        if name != "KILL" and not completed and logged:
+            assert 0 <= saved - seen <= 1, f"SIG{name} at step {seen} was saved at step {saved}"
+        statuses.append(status)
     if read_record(cut).get("status") != "completed":
         with _started(_begin_or_resume(overrides, cut), folder / "interrupted.log") as process:
-            if process.wait() != 0:
-                raise ValueError(f"the resumed run failed by itself: see {folder / 'interrupted.log'}")
-    if difference := first_difference(whole, cut):
-        raise ValueError(f"not the same: {difference}: see {whole} and {cut}")
-    log.info("bit-identical: %d steps, %d interruptions, losses, weights and optimizer", steps, cfg.verify.kills)
+            assert process.wait() == 0, (folder / "interrupted.log").read_text()
+    assert "Traceback" not in (folder / "interrupted.log").read_text()
+    assert first_difference(whole, cut) is None
+    return statuses
 
 
 def first_difference(whole: Path, cut: Path) -> str | None:
@@ -120,7 +62,7 @@ def first_difference(whole: Path, cut: Path) -> str | None:
     the final losses, in weights or optimizer state of the checkpoints, in the text samples."""
     import torch
 
-    rows, others = (_rows(run / "metrics.csv") for run in (whole, cut))
+    rows, others = (rows_of(run / "metrics.csv") for run in (whole, cut))
     for row, other in zip(rows, others, strict=False):
         for key in row:
             if not key.startswith("perf/") and row[key] != other.get(key):
@@ -171,7 +113,12 @@ def _attempts(folder: Path) -> list[int]:
 @contextmanager
 def _started(arguments: list[str], output: Path) -> Iterator[subprocess.Popen]:
     with output.open("ab") as file:
-        process = subprocess.Popen([sys.executable, "-m", "src.train", *arguments], stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "src.train", *arguments],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        )
     try:
         yield process
     finally:
@@ -179,7 +126,7 @@ def _started(arguments: list[str], output: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -199,12 +146,3 @@ def _saved_step(folder: Path) -> int:
 
     file = folder / "checkpoints" / "last.ckpt"
     return torch.load(file, weights_only=True, mmap=True)["global_step"] if file.exists() else -1
-
-
-def _run(cfg: DictConfig) -> None:
-    hydra = HydraConfig.get()
-    verify(cfg, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
-
-
-if __name__ == "__main__":
-    app.launch("verify_resume", _run, find_problems)

@@ -1,0 +1,120 @@
+"""The parts of a run between its start and its record: data, disk, fitting, and the final losses."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+
+from src.callbacks.throughput import Throughput
+from src.data.datamodule import TextDataModule
+from src.runs.record import RunRecord
+from src.runs.report import hyperparameters, judge_best_loss, judge_initial_loss
+from src.runs.start import Start
+from src.training.config import TrainConfig
+from src.training.module import PretrainingModule
+from src.training.optim import batches_per_epoch, planned_steps
+
+if TYPE_CHECKING:
+    pass
+
+BYTES_PER_PARAMETER = 3 * 4  # of a checkpoint: the weight and two moments, in float32
+
+
+def build_data(config: TrainConfig, trainer: Trainer, start: Start) -> TextDataModule:
+    """The data module of the run, with its text read.
+
+    Raises:
+        ValueError: a text that cannot be read, is too short, or leaves no step; a schedule that does not fit the run.
+    """
+    context_length = config.data.context_length or config.model.context_length
+    data = TextDataModule(
+        **{**dict(config.data), "context_length": context_length, "seed": config.seed},
+        eval_batches=config.eval.batches,
+        accumulate=trainer.accumulate_grad_batches,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    data.prepare_data()
+    data.setup()
+    steps = planned_steps(trainer, batches_per_epoch(trainer, len(data.train_dataloader())))
+    if not steps:
+        limits = {key: getattr(config.trainer, key) for key in ("limit_train_batches", "overfit_batches")}
+        asked = " and ".join(f"trainer.{key}={value}" for key, value in limits.items())
+        raise ValueError(
+            f"{asked} leave no batch to train on; use trainer.limit_train_batches=null trainer.overfit_batches=0"
+        )
+    if math.isfinite(steps) and (
+        problem := config.schedule.problem_of_length(steps, f"the run's {steps} optimizer steps")
+    ):
+        raise ValueError(f"{problem} or a larger trainer.max_epochs")
+    tokens = config.eval.resolved_max_tokens(steps * data.step_windows * context_length)
+    if config.eval.max_tokens is None:  # a resumed run scores the same windows as before, however long it is now
+        tokens = start.checkpoint.get("run", {}).get("eval_tokens", tokens)
+    data.limit_evaluation(tokens)
+    return data
+
+
+def check_disk(trainer: Trainer, module: PretrainingModule, folder: Path) -> None:
+    """Raise a ValueError where ``folder`` has no room for two checkpoints: the one that is kept and the next one."""
+    needed = 2 * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in module.parameters())
+    free = shutil.disk_usage(folder).free
+    if trainer.checkpoint_callbacks and free < needed:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free, two checkpoints take {needed / 1e9:.1f} GB; free some space, or "
+            f"use hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
+        )
+
+
+def fit(
+    start: Start,
+    trainer: Trainer,
+    module: PretrainingModule,
+    data: TextDataModule,
+    record: RunRecord,
+    default: TrainConfig,
+) -> None:
+    """Train, with an evaluation before the first step and after the last, and record the outcome.
+
+    Raises:
+        ValueError: no optimizer step was made, or the run diverged.
+    """
+    evaluating = trainer.limit_val_batches != 0
+    for logger in trainer.loggers:
+        logger.log_hyperparams(hyperparameters(start.config, default, record.values, data.step_windows))
+    before = math.inf  # the validation loss of step 0
+    if start.path is None and evaluating:
+        trainer.validate(module, datamodule=data, verbose=False)
+        before = module.evaluated["val/loss"]
+        if start.weights is None:
+            judge_initial_loss(before, module.net.config.vocab_size)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start.path, weights_only=True)
+    finally:
+        record.trained |= module.steps_made > 0
+        speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+        with suppress(OSError):
+            record.update(
+                optimizer_steps=trainer.global_step,
+                tokens_seen=module.tokens_seen,
+                tokens_per_second=speed and speed.tokens_per_second,
+            )
+    if not module.steps_made and trainer.global_step < trainer.estimated_stepping_batches:
+        raise ValueError(
+            f"no optimizer step was made, the run is at step {trainer.global_step}; "
+            f"use trainer.max_epochs=<more>, trainer.max_steps=<more> or a longer trainer.max_time"
+        )
+    if evaluating and module.evaluated_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    judge_best_loss(trainer, before, module.evaluated.get("val/loss", -math.inf))
+    losses = {"train_loss": module.evaluated.get("train/eval_loss"), "val_loss": module.evaluated.get("val/loss")}
+    for key, loss in losses.items():
+        if loss is not None and not math.isfinite(loss):
+            rate = start.config.optimizer.learning_rate
+            raise ValueError(f"the run diverged, its {key} is {loss}; use optimizer.learning_rate=<less than {rate}>")
+    val_loss = losses["val_loss"]
+    record.update(**losses, val_perplexity=None if val_loss is None else math.exp(min(val_loss, 700)))
