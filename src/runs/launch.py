@@ -107,10 +107,11 @@ def start(arguments: list[str], count: int, role: str, resume: str) -> None:
     logs = DefaultLogsSpecs(os.devnull)
     # max_restarts: a restarted rank would need resume= among its arguments
     config = LaunchConfig(**node, **rendezvous, role=role, max_restarts=0, signals_to_handle=signals, logs_specs=logs)
+    escaped = [argument.replace("$", "$$") for argument in arguments]  # torchelastic takes them as string.Template
     logging.disable()  # torchelastic logs each process
     try:
         with Interruption():  # restores the handlers that torchelastic replaces
-            elastic_launch(config, sys.executable)(*(argument.replace("$", "$$") for argument in arguments))
+            elastic_launch(config, sys.executable)(*escaped)
         return
     except SignalException as error:
         code, rank = 128 + error.sigval, None
