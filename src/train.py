@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from src.cli import app
+from src.cli import app, ranks
 from src.cli.overrides import compose, trainer_arguments
 from src.cli.resume import COMMAND, command_line, command_to_resume, requeue, resume_override, resumed_overrides
 from src.cli.typed import typed
@@ -101,7 +101,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         report.explained(config, folder, resume_override(folder)),
         Interruption(first) as interruption,
         RunRecord(
-            folder, config.model_dump(mode="json"), command, overrides, bool(config.resume), first, processes.sweeping()
+            folder, config.model_dump(mode="json"), command, overrides, bool(config.resume), first, ranks.sweeping()
         ) as record,
     ):
         try:
@@ -128,7 +128,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
                 record.start(start.step)
             record.describe(trainer, module, data)
             report.print_start_card(config, record.values, trainer, data, steps)
-            processes.peers().wait_for_all()
+            processes.wait_for_all()
             if not config.dry_run:
                 default = typed(compose("train", []), TrainConfig)
                 fit(start, trainer, module, data, record, default)
@@ -146,21 +146,22 @@ def _run(cfg: DictConfig) -> float | None:
     """One Hydra job; its objective is the final validation loss."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
-            launch.start(list(HydraConfig.get().overrides.task), count, folder)
+        if processes.world_size() == 1 and (count := launch.devices_here(OmegaConf.to_container(cfg.trainer))) > 1:
+            ranks.start_ranks(count, folder)
             return read_record(folder).get("val_loss")
         if processes.rank():
             processes.be_quiet()
         return train(cfg, folder).record.get("val_loss")
     except BaseException as error:
-        error.told = processes.told_elsewhere(error) or getattr(error, "told", False)
+        error.told = processes.reported_elsewhere(error) or getattr(error, "told", False)
         raise
     finally:
-        kept = processes.sweeping() or (folder / "run.json").exists()
+        processes.ignore_signals()
+        kept = ranks.sweeping() or (folder / "run.json").exists()
         if not kept and processes.rank() == 0:
             app.close_log_files(folder)
             remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
 
 
 if __name__ == "__main__":
-    app.launch("train", _run, check, resumed_overrides, processes.agree_on_arguments)
+    app.launch("train", _run, check, resumed_overrides, ranks.agree_on_arguments)

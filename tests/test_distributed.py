@@ -141,7 +141,7 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
     _, err = killed.communicate()
     assert killed.returncode == 1
     assert err.count("error:") == 1
-    assert f"error: process 1 of 2 was killed by SIGKILL, often for want of memory: resume={cut}" in err
+    assert f"error: rank 1 of 2 was killed by SIGKILL, often because memory ran out; use resume={cut}" in err
     assert read_record(cut)["status"] == "failed"
 
     for step in 12, 18:
@@ -294,9 +294,9 @@ def test_place_among_the_processes(monkeypatch, environment, place):
     assert find_problems(cli.compose("train", fits)) == []
     if place[1] > 1:
         (problem,) = find_problems(cli.compose("train", [*fits[:2], "trainer.devices=3"]))
-        assert f"but {place[1]} processes were started: {fits[2]}" in problem
+        assert f"but {place[1]} processes were started; use {fits[2]}" in problem
 
 
 def test_no_gpu_to_share_out():
-    with pytest.raises(ValueError, match=r"trainer\.devices=8, but this machine (has|has no GPU).*: trainer\."):
-        launch.devices_here(cli.compose("train", ["trainer.devices=8"]))
+    with pytest.raises(ValueError, match=r"trainer\.devices=8, but this machine (has|has no GPU).*; use trainer\."):
+        launch.devices_here({"devices": 8, "accelerator": "auto"})

@@ -96,9 +96,6 @@ class RunCheckpoints(Checkpoint):
         self.interruption.deferred = False
         self.interruption.check()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.interruption.deferred = False
-
     def _save_if_due(self, trainer: Trainer) -> None:
         interrupted = self._agree()
         if self._due or (interrupted and self._saved_step != trainer.global_step):

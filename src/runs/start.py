@@ -153,7 +153,7 @@ def _checkpoint(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]
 def _shared(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Path, dict[str, Any]] | None:
     """What ``look`` finds on rank 0, on every rank."""
     looked = []
-    path = processes.peers().said_by_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
+    path = processes.from_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
     if looked:
         return looked[0]
     return (Path(path), read_checkpoint(Path(path))) if path else None
