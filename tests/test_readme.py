@@ -108,7 +108,7 @@ def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path,
     commands = [(name, shlex.split(arguments)) for name, arguments in OWN]
     commands = [(name, given) for name, given in commands if "latest" in " ".join(given) and given != ["resume=latest"]]
     commands = [given for given in commands if not re.search("gpt2|skip_batches|tasks", " ".join(given[1]))]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for name, given in commands:
         short = (
             ["trainer.max_steps=2", "callbacks=none", "eval.max_tokens=512"]
@@ -196,6 +196,13 @@ def test_links_lead_somewhere(name):
         file = (ROOT / name).parent / path if path else ROOT / name
         assert file.exists(), link
         assert not anchor or anchor in anchors(file.read_text()), link
+
+
+def test_files_on_the_path_of_a_batch_exist():
+    table = section("src/README.md", "The path of one batch")
+    named = [name for row in re.findall(r"\| ([^|]*) \|$", table, re.M) for name in re.findall("`(.*?)`", row)]
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / "src" / name).exists()]
 
 
 def test_python_in_the_readme_runs(tmp_path, monkeypatch, small_weights):
