@@ -16,8 +16,8 @@ from src.interop.huggingface import read_huggingface
 from src.interop.locate import locate
 from src.interop.names import to_ours
 from src.interop.openai import read_openai
-from src.model.config import GPTConfig
 from src.model.architectures import build_model
+from src.model.config import GPTConfig
 from src.model.gpt import GPT
 
 log = logging.getLogger(__name__)
