@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 
 class Config(BaseModel):
-    """A frozen set of named values. Fields declare types, ranges and defaults; an ``after`` validator that finds
+    """A frozen set of named values, given by name or in the order of the fields. Fields declare types, ranges and defaults; an ``after`` validator that finds
     several fields at odds raises a ValueError with a line per problem: ``<key>=<value> <problem>; use <override>``.
 
     ``section`` is what stands before a field's name in an override: ``model`` for ``model.n_heads``.
@@ -23,9 +23,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
     section: ClassVar[str] = ""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, *positional: Any, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**dict(zip(type(self).model_fields, positional, strict=False)), **values)
         except ValidationError as error:
             raise ValueError("\n".join(self._explained(error))) from None
 

@@ -110,7 +110,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             record.update(config=config.model_dump(mode="json"))
             watching = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
             loggers = [instantiate(node, save_dir=str(folder)) for node in cfg.logger.values() if node is not None]
-            trainer = build_trainer(config, folder, interruption, watching, loggers)
+            trainer = build_trainer(config, folder, interruption, watching, loggers, processes.world_size())
             seed_everything(config.seed, verbose=False)
             data = build_data(config, trainer, start)
             batches = batches_per_epoch(trainer, len(data.train_dataloader()))

@@ -3,7 +3,6 @@
 import itertools
 import math
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -239,7 +238,7 @@ def test_the_model_comes_from_the_weights(tiny_run, tmp_path):
                  "model.drop_rate=0.2")  # fmt: skip
     tiny_run = partial(tiny_run, model=())
     run = tiny_run(*overrides)
-    assert run.module.net.config == replace(config, drop_rate=0.2)
+    assert run.module.net.config == config.changed(drop_rate=0.2)
     assert run.record["config"]["model"]["n_layers"] == 1
     assert run.datamodule.config.context_length == 24
     torch.testing.assert_close(run.module.net.pos_emb.weight, net.pos_emb.weight, atol=1e-6, rtol=0)

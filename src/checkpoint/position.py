@@ -85,9 +85,7 @@ def own_data(trainer: Trainer) -> Any | None:
     return trainer.datamodule if hasattr(trainer.datamodule, "fixed_values") else None
 
 
-def write_run(
-    trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, metrics: dict[str, float]
-) -> None:
+def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, metrics: dict[str, float]) -> None:
     """Add to ``checkpoint`` a description of the run: its step, tokens and ``metrics``, its text and how that was
     split, the windows that every evaluation scores, and the values that a resumed run must not change."""
     checkpoint["run"] = {

@@ -49,7 +49,7 @@ class FiniteGuard(Callback):
         self, trainer: Trainer, pl_module: Any, optimizer: Optimizer
     ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scaler is not None and optimizer.param_groups[0].get("fused"):  # such optimizers unscale in their step
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -19,7 +19,7 @@ from src.model.config import GPTConfig
 from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import FiniteGuard
 from src.training.optim import apply_rates, build_optimizer, learning_rate_at
-from src.training.sharded import FullyShardedStrategy, shard
+from src.training.sharded import shard
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.val_dataloader
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
@@ -170,8 +170,7 @@ class PretrainingModule(LightningModule):
         return learning_rate_at(step, self.total_steps, self.optimizer_config.learning_rate, self.schedule_config)
 
     def configure_model(self) -> None:
-        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is only loaded
-        if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):  # of FullyShardedStrategy
             shard(self.net, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:

@@ -31,13 +31,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     is not that of the optimizer where some parameters decay and others do not.
     """
 
-    def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        self._save_distributed_checkpoint = False
-        super().setup_environment()
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)  # by name; empty but on rank 0
         if not self.is_global_zero:
             return {}

@@ -40,6 +40,7 @@ def build_trainer(
     interruption: Interruption,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
+    world_size: int = 1,
 ) -> Trainer:
     """Lightning's Trainer with the arguments in ``config.trainer``, our evaluation schedule, gradient guard and
     checkpoints, and ``callbacks`` and ``loggers`` that watch; ``folder`` is its root folder."""
@@ -67,7 +68,7 @@ def build_trainer(
     options["max_epochs"] = config.trainer.epochs
     options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
-        options["strategy"] = FullyShardedStrategy()
+        options["strategy"] = FullyShardedStrategy(world_size)
     options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
     options = {"num_sanity_val_steps": 0, "enable_model_summary": False, **options}
     trainer = Trainer(
