@@ -11,8 +11,10 @@ from pydantic_core import ErrorDetails
 
 
 class Config(BaseModel):
-    """A frozen set of named values, given by name or in the order of the fields. Fields declare types, ranges and defaults; an ``after`` validator that finds
-    several fields at odds raises a ValueError with a line per problem: ``<key>=<value> <problem>; use <override>``.
+    """A frozen set of named values, given by name or in the order of the fields.
+
+    Fields declare types, ranges and defaults. An ``after`` validator that finds several fields at odds raises a
+    ValueError with a line per problem: ``<key>=<value> <problem>; use <override>``.
 
     ``section`` is what stands before a field's name in an override: ``model`` for ``model.n_heads``.
 

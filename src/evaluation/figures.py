@@ -27,11 +27,11 @@ def new_figure(width: float = 4.8, height: float = 3.6, **subplots: Any) -> tupl
 
 
 def short(count: float, _: Any = None) -> str:
-    """1,500,000 as ``1.5M``."""
-    for size, unit in (1e9, "B"), (1e6, "M"), (1e3, "k"):
+    """Thousands separated, and 1,500,000 as ``1.5M``."""
+    for size, unit in (1e9, "B"), (1e6, "M"):
         if abs(count) >= size:
             return f"{count / size:g}{unit}"
-    return f"{count:g}"
+    return f"{count:,g}"
 
 
 def label_log_axis(axis: Axis, low: float, high: float) -> None:

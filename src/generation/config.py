@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from src.config import Config
 
+MOST_BEAMS = 256
 Device = Literal["auto", "cpu", "cuda", "gpu", "mps"]
 
 
@@ -34,7 +35,7 @@ class GenerationConfig(Sampling):
     top_k: int | None = Field(25, ge=0)
     max_new_tokens: int = Field(50, ge=1)
     num_samples: int = Field(1, ge=1, le=10_000)
-    num_beams: int = Field(1, ge=1, le=256)  # all are held in memory; samples are drawn some at a time
+    num_beams: int = Field(1, ge=1, le=MOST_BEAMS)  # all are held in memory; samples are drawn some at a time
     length_penalty: float = Field(1.0, ge=-100, le=100)
     seed: int = Field(123, ge=0, lt=2**63)
     cuda_graph: bool = False
@@ -48,10 +49,9 @@ class GenerationConfig(Sampling):
                 f"generation=beam, or num_beams=1"
             )
         if self.num_beams > 1 and self.num_samples > self.num_beams:
-            found.append(
-                f"num_samples={self.num_samples} is more than num_beams={self.num_beams} can keep; "
-                f"use num_beams={self.num_samples}"
-            )
+            possible = self.num_samples <= MOST_BEAMS
+            cure = f"num_beams={self.num_samples}" if possible else f"num_samples={self.num_beams}"
+            found.append(f"num_samples={self.num_samples} is more than num_beams={self.num_beams} can keep; use {cure}")
         if found:
             raise ValueError("\n".join(found))
         return self
