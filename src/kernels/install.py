@@ -33,7 +33,8 @@ def use_fast_kernels(net: GPT, device: str = "cpu") -> None:
 
 
 def has_fast_kernels(net: GPT) -> bool:
-    return isinstance(net.head, FastLinear)
+    """Whether :func:`~src.kernels.loss.fused_loss` computes the loss of ``net``, whose logits must be GPT's own."""
+    return type(net).forward is GPT.forward and isinstance(net.head, FastLinear) and net.head.bias is None
 
 
 def pack_for_decoding(net: GPT) -> None:
