@@ -331,6 +331,17 @@ def test_layers_of_ones_own_stay_as_they_are(tiny):
         torch.testing.assert_close(net(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
+class CappedGPT(GPT):
+    def forward(self, tokens, cache=None):
+        return 5 * torch.tanh(super().forward(tokens, cache) / 5)
+
+
+def test_logits_of_ones_own_are_not_bypassed_by_the_fused_loss(tiny):
+    net = CappedGPT(tiny)
+    use_fast_kernels(net)
+    assert not has_fast_kernels(net)
+
+
 def test_plain_kernels_train_to_the_same_losses(tiny_run):
     """Without dropout; and those that ``kernels=plain`` leaves out were there."""
     quick = ("callbacks=default", "trainer.enable_checkpointing=false", "trainer.max_steps=3", "model.drop_rate=0")

@@ -13,8 +13,11 @@ class FastDropout(nn.Dropout):
 def dropout(x: Tensor, p: float) -> Tensor:
     """``F.dropout(x, p)``: each element becomes 0 with probability ``p``, the others are divided by ``1 - p``.
 
-    On the CPU, PyTorch draws the random number of each element separately and on one core. Here the bits of one 64-bit
-    number decide for four elements of 16 bits or two of 32. The probability is exact to 2**-16 or 2**-32.
+    On the CPU, PyTorch draws the random number of each element separately and, unless MKL does, on one core. Here the
+    bits of one 64-bit number decide for four elements of 16 bits or two of 32. The probability is exact to 2**-16 or
+    2**-32.
+
+    Gain: 3.7 on AMD, where PyTorch's takes a sixth of a training step; 1.8 in bfloat16 and 1.1 in float32 on Intel.
     """
     if x.device.type != "cpu" or x.dtype.itemsize > 4 or torch.compiler.is_compiling():
         return F.dropout(x, p)

@@ -1,6 +1,6 @@
-"""The one place where kernels take the place of plain operations.
+"""The one place where kernels replace plain operations.
 
-The model does not know them: a layer gets another class, and keeps its parameters, their names and its hooks.
+The model does not know them: a layer gets another class and keeps its parameters, their names and its hooks.
 """
 
 import torch
@@ -21,7 +21,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_fast_kernels(net: GPT, device: str = "cpu") -> None:
-    """Let ``net`` compute the same faster on ``device``, in place.
+    """Replace the plain operations of ``net`` by those that are faster on ``device``, in place.
 
     Layers of other classes than those in ``FAST``, subclasses included, stay as they are. On a CPU the process also
     keeps the memory that it frees; see :func:`~src.kernels.memory.keep_freed_memory`.
@@ -33,7 +33,8 @@ def use_fast_kernels(net: GPT, device: str = "cpu") -> None:
 
 
 def has_fast_kernels(net: GPT) -> bool:
-    return isinstance(net.head, FastLinear)
+    """Whether :func:`~src.kernels.loss.fused_loss` computes the loss of ``net``, whose logits must be GPT's own."""
+    return type(net).forward is GPT.forward and isinstance(net.head, FastLinear) and net.head.bias is None
 
 
 def pack_for_decoding(net: GPT) -> None:
