@@ -24,11 +24,10 @@ from src.checkpoint.position import rescale_position
 from src.cli import overrides as cli
 from src.data.shards import header
 from src.data.windows import NOT_COUNTED, RankSampler, RankWindows, SeededSampler
-from src.runs import launch, processes
+from src.runs import launch, processes, start
 from src.runs.record import read_record
-from src.runs.start import different_values
 from src.tokenizer import gpt2_tokenizer
-from src.train import find_problems
+from src.train import check
 
 COMMON = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
 SAME = ("model.drop_rate=0", "schedule=constant", "eval.every_steps=4", "eval.batches=2", "trainer.max_epochs=null")
@@ -258,17 +257,16 @@ def test_position_is_behind_the_same_windows(before, now, done, behind, data):
     assert {at // now for at in poisoned} == set(checkpoint["skipped_batches"])
 
 
-def test_another_number_of_devices_keeps_the_step(monkeypatch):
+def test_another_number_of_devices_keeps_the_step():
     checkpoint = {"processes": 2, "fixed_values": {"data.batch_size": 4, "trainer.accumulate_grad_batches": 3}}
 
     def said(devices: int, batch_size: int, accumulate: int) -> list[str]:
-        monkeypatch.setattr(processes, "world_size", lambda: devices)
         cfg = cli.compose("train", [f"data.batch_size={batch_size}", f"trainer.accumulate_grad_batches={accumulate}"])
-        return different_values(cfg, checkpoint, Path("x"))
+        return start._other_values(check(cfg), checkpoint, Path("x"), devices)
 
     assert said(2, 4, 3) == said(1, 8, 3) == said(1, 4, 6) == said(3, 8, 1) == []
     (line,) = said(1, 4, 3)
-    assert "a step of 12 windows on 1 devices differs from the 24 on 2 in x: trainer.accumulate_grad_batches=6" in line
+    assert "a step of 12 windows on 1 devices differs from the 24 on 2 in x; use trainer.accumulate_grad_batches=6" in line
     (line,) = said(5, 4, 3)
     assert "trainer.devices=2" in line
     assert [line.split("=")[0] for line in said(2, 4, 4)] == ["data.batch_size", "trainer.accumulate_grad_batches"][1:]
@@ -291,10 +289,10 @@ def test_place_among_the_processes(monkeypatch, environment, place):
     assert (processes.rank(), processes.world_size()) == place
     nodes = 2 if place[1] > 1 else 1
     fits = ["trainer.accelerator=cpu", f"trainer.num_nodes={nodes}", f"trainer.devices={place[1] // nodes}"]
-    assert find_problems(cli.compose("train", fits)) == []
+    check(cli.compose("train", fits))
     if place[1] > 1:
-        (problem,) = find_problems(cli.compose("train", [*fits[:2], "trainer.devices=3"]))
-        assert f"but {place[1]} processes were started; use {fits[2]}" in problem
+        with pytest.raises(ValueError, match=f"but {place[1]} processes were started; use {fits[2]}$"):
+            check(cli.compose("train", [*fits[:2], "trainer.devices=3"]))
 
 
 def test_no_gpu_to_share_out():
