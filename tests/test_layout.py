@@ -159,8 +159,6 @@ LONG = {
     "src/generate.py",  # every way for a prompt to come in and for a text to go out
     "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
     "src/generation/text.py",  # from prompts to texts: characters, stop strings, and the draws of each prompt
-    "src/runs/launch.py",  # devices asked for, devices there, and one process for each
-    "src/runs/processes.py",  # how the processes of a run start, agree and fail together
     "src/runs/report.py",  # the start card, the summary, and what a failed run says
     "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
     "src/train.py",  # the main job from the overrides to the summary
