@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.cli import app
-from src.cli.resume import with_latest_weights
+from src.cli.latest import with_latest_weights
 from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
 from src.runs.record import read_record
 

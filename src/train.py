@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.cli import app
 from src.cli.overrides import compose, trainer_arguments
-from src.cli.resume import COMMAND, command_line, command_to_resume, requeue, resume_override, resumed_overrides
+from src.cli.quoting import command_line, command_to_resume, resume_override
+from src.cli.resume import COMMAND, resumed_overrides
 from src.cli.typed import typed
 from src.files import remove_folder
 from src.interop.locate import locate
 from src.runs import launch, processes
 from src.runs.record import RunRecord, read_record
+from src.runs.slurm import requeue
 from src.training.config import TrainConfig, TrainerConfig
 
 if TYPE_CHECKING:  # a wrong command line is answered without the seconds that these imports take

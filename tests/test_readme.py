@@ -12,7 +12,8 @@ from conftest import TINY, story_of
 
 from src import benchmark, evaluate, export, generate, prepare, verify_resume
 from src.cli import overrides as cli
-from src.cli.resume import resumed_overrides, with_latest_weights
+from src.cli.latest import with_latest_weights
+from src.cli.resume import resumed_overrides
 from src.train import find_problems
 
 README = (cli.CONF.parent / "README.md").read_text()

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.checkpoint.interruption import SIGNALS, Interrupted, heeded_signals
-from src.cli.resume import as_typed, quoted
+from src.cli.quoting import as_typed, quoted
 from src.runs.processes import STARTED_HERE, FailedElsewhere, sweeping, world_size
 
 STRATEGIES = ("auto", "ddp", "fsdp")

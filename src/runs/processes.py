@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from src.cli import app
-from src.cli.resume import quoted
+from src.cli.quoting import quoted
 
 STARTED_HERE = "GPT2_LIGHTNING_PROCESS"  # "run" or "sweep" in the environment of a process that src.runs.launch made
 ARRIVAL = timedelta(minutes=10)  # that processes wait for each other before training
