@@ -8,7 +8,8 @@ import tiktoken
 
 
 def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: int) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``vocab.json``, ``merges.txt``."""
+    """Write ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``vocab.json``, ``merges.txt``
+    to ``folder``."""
     ranks = tokenizer._mergeable_ranks
     end_of_text = tokenizer.decode([tokenizer.eot_token])
     vocab = {_spelled(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
