@@ -17,7 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from src.cli import app
-from src.cli.resume import as_meant, data_of_run, quoted, with_latest_weights
+from src.cli.latest import data_of_run, with_latest_weights
+from src.cli.quoting import as_meant, quoted
 from src.data.config import DataConfig
 from src.evaluation.config import PRECISIONS, EvaluationConfig
 from src.files import write_json

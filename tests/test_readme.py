@@ -18,7 +18,8 @@ from conftest import TINY, story_of
 from omegaconf import OmegaConf
 
 from src.cli import overrides as cli
-from src.cli.resume import resumed_overrides, with_latest_weights
+from src.cli.latest import with_latest_weights
+from src.cli.resume import resumed_overrides
 
 ROOT = cli.CONF.parent
 NAMES = ("README.md", "conf/README.md", "src/README.md", "tests/README.md")

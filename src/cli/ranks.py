@@ -8,18 +8,45 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from src.cli import app
 from src.cli.overrides import compose
-from src.cli.resume import quoted, resume_override
-from src.files import read_json, write_json
+from src.cli.quoting import quoted, resume_override
+from src.files import read_json, remove_folder, write_json
 from src.runs import launch, processes
+from src.runs.record import read_record
 
 
 def sweeping() -> bool:
     """Whether this is a job of a sweep, whose table reports each of its folders."""
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     return multirun or os.environ.get("ROLE_NAME") == processes.SWEEP
+
+
+def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig], float | None]:
+    """A Hydra job that calls ``run`` with its config and run folder, in as many processes as the config asks for, and
+    returns the objective; the folder of a job that left no ``run.json`` is removed."""
+
+    def hydra_job(cfg: DictConfig) -> float | None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            if processes.world_size() == 1 and (count := launch.devices_here(OmegaConf.to_container(cfg.trainer))) > 1:
+                start_ranks(count, folder)
+                return read_record(folder).get("val_loss")
+            if processes.rank():
+                processes.be_quiet()
+            return run(cfg, folder)
+        except BaseException as error:
+            error.told = processes.reported_elsewhere(error) or getattr(error, "told", False)
+            raise
+        finally:
+            processes.ignore_signals()
+            if processes.rank() == 0 and not (sweeping() or (folder / "run.json").exists()):
+                app.close_log_files(folder)
+                remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
+
+    return hydra_job
 
 
 def start_ranks(count: int, folder: Path) -> None:

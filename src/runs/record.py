@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from src.checkpoint.interruption import Interrupted
 from src.files import read_json, remove_folder, write_json
+from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -44,25 +45,24 @@ class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
     As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended. A
-    run that trained nothing leaves nothing. ``config`` is the whole configuration; ``resumed`` keeps what an earlier
-    process recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
+    run that trained nothing leaves nothing. A resumed run keeps what an earlier process recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
 
     Raises:
-        ValueError: another process uses the folder, or, unless ``resumed``, it holds a run.
+        ValueError: another process uses the folder, or it holds a run and ``config.resume`` is not set.
     """
 
     def __init__(
         self,
         folder: Path,
-        config: dict[str, Any],
+        config: TrainConfig,
         command: str,
         overrides: list[str],
-        resumed: bool = False,
         writes: bool = True,
         in_sweep: bool = False,
     ) -> None:
         self.path = folder / "run.json"
         self.trained = False  # an optimizer step was made
+        resumed = bool(config.resume)
         self._writes, self._resumed, self._in_sweep = writes, resumed, in_sweep
         self._lock = FileLock(folder / ".lock")
         self._began = time.perf_counter()
@@ -77,7 +77,7 @@ class RunRecord:
             "command": before.get("command", command),
             "overrides": overrides,
             "signature": signature(overrides) if writes else None,
-            "config": config,
+            "config": config.model_dump(mode="json"),
             "versions": versions(),
             "git": git_revision(),
         }
@@ -131,11 +131,12 @@ class RunRecord:
         if self._started:
             write_json(self.path, self.values)
 
-    def describe(self, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
-        """Record what trains on what."""
+    def describe(self, config: TrainConfig, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
+        """Record what trains on what; ``config`` may have the model of weights by now."""
         from src.device import device_name
 
         self.update(
+            config=config.model_dump(mode="json"),
             data_sha256=data.corpus_sha256,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             device=device_name(trainer.strategy.root_device),

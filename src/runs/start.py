@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from src.data.datamodule import TextDataModule
+    from src.training.module import PretrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ class Start:
                 f"{self.path} is at step {self.step} of {steps:,}, there is nothing left to do; "
                 f"use trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
+
+    def load(self, module: PretrainingModule) -> None:
+        """Give ``module`` the weights that the run starts from; a checkpoint is restored by the Trainer."""
+        if self.weights is not None:
+            module.net.load_state_dict(self.weights)
 
     def take_over(self, folder: Path) -> None:
         """Make the checkpoint that is continued the ``last.ckpt`` of its run, in ``folder``."""
