@@ -45,7 +45,8 @@ class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
     As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended. A
-    run that trained nothing leaves nothing. A resumed run keeps what an earlier process recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
+    run that trained nothing leaves nothing. A resumed run keeps what an earlier process recorded until :meth:`start`.
+    With ``writes=False``, on all ranks but 0, nothing is claimed or written.
 
     Raises:
         ValueError: another process uses the folder, or it holds a run and ``config.resume`` is not set.
