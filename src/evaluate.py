@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import math
@@ -74,7 +75,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     started = time.perf_counter()
     tasks = None
-    if config.tasks:
+    if config.tasks:  # lm-eval takes seconds to import, and may not be installed
         from src.evaluation.harness import HarnessLM
         from src.evaluation.tasks import load_tasks, run_tasks
 
@@ -90,17 +91,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     own = windows_of_run(run, config.data, sha256, config.split)
     windows = choose_windows(config, len(tokens), net.config.context_length, own)
     with autocast, progress_bar("tokens", windows.tokens) as progress:
-        found = text_loss(
-            net,
-            tokens,
-            windows.length,
-            windows.stride,
-            config.data.batch_size,
-            token_byte_counts(tokenizer),
-            config.surprises,
-            progress,
-            windows.starts,
-        )
+        settings = (windows.length, windows.stride, config.data.batch_size, token_byte_counts(tokenizer))
+        found = text_loss(net, tokens, *settings, config.surprises, progress, windows.starts)
     if not math.isfinite(found.loss):
         raise ValueError(f"weights={config.weights} have a loss of {found.loss}; use weights=<another checkpoint>")
     result = {
@@ -130,7 +122,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "loss_by_position": [None if math.isnan(value) else value for value in found.by_position.tolist()],
         "data_sha256": sha256,
         "config": config.model_dump(mode="json"),
-        "versions": versions(),
+        "versions": versions() | ({"lm_eval": importlib.metadata.version("lm_eval")} if tasks else {}),
         "git": git_revision(),
         "seconds": time.perf_counter() - started,
     }

@@ -290,7 +290,7 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_mistakes_are_one_line_with_their_cure(command, small_weights, text, tmp_path, arguments):
     cure = BAD[arguments]
-    small = GPT(GPTConfig(61, 16, 24, 3, 2))
+    small = GPT(GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=2))
     save_weights(small, tmp_path / "small.pt")
     for letter, file in ("W", small_weights), ("S", tmp_path / "small.pt"):
         arguments = arguments.replace(f"={letter}", f"={file}")

@@ -36,12 +36,12 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> TaskDict:
         loaded = manager.load(known)
     except ConnectionError as error:
         raise ValueError(
-            f"{asked}: the data cannot be downloaded ({_line(error)}); use a machine with network once, whose "
-            f"Hugging Face cache keeps the data"
+            f"{asked}: the data cannot be downloaded ({_line(error)}); run it once with network access, which fills "
+            f"Hugging Face's cache"
         ) from error
     except Exception as error:  # a task file may be wrong in any way
         raise ValueError(
-            f"{asked} cannot be loaded ({type(error).__name__}: {_line(error)}); use tasks_path=<mended task files>"
+            f"{asked} cannot be loaded ({type(error).__name__}: {_line(error)}); use another task, or correct its file"
         ) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
