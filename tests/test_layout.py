@@ -145,7 +145,6 @@ def test_no_pytorch_or_lightning_before_the_overrides_are_checked(path):
 LONG = {
     "src/benchmark.py",  # three measurements, from the processes to the table
     "src/callbacks/plots.py",  # one figure: steps, evaluations, learning rate and tokens
-    "src/checkpoint/sealed.py",  # writing, sealing, reading and distrusting one file
     "src/cli/app.py",  # all that stands between a mistyped override and its one-line answer
     "src/cli/resume.py",  # which run is meant, its overrides, and whether they may be trusted
     "src/data/datamodule.py",  # the whole path of one batch
@@ -159,14 +158,11 @@ LONG = {
     "src/generate.py",  # every way for a prompt to come in and for a text to go out
     "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
     "src/generation/text.py",  # from prompts to texts: characters, stop strings, and the draws of each prompt
-    "src/runs/launch.py",  # devices asked for, devices there, and one process for each
-    "src/runs/processes.py",  # how the processes of a run start, agree and fail together
     "src/runs/report.py",  # the start card, the summary, and what a failed run says
     "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
     "src/train.py",  # the main job from the overrides to the summary
     "src/training/config.py",  # five sections of the config with all their limits
     "src/training/module.py",  # one LightningModule
-    "src/verify_resume.py",  # a run, its double, its interruptions, and the comparison
 }
 
 
