@@ -145,7 +145,6 @@ def test_no_pytorch_or_lightning_before_the_overrides_are_checked(path):
 LONG = {
     "src/benchmark.py",  # three measurements, from the processes to the table
     "src/callbacks/plots.py",  # one figure: steps, evaluations, learning rate and tokens
-    "src/checkpoint/sealed.py",  # writing, sealing, reading and distrusting one file
     "src/cli/app.py",  # all that stands between a mistyped override and its one-line answer
     "src/cli/resume.py",  # which run is meant, its overrides, and whether they may be trusted
     "src/data/datamodule.py",  # the whole path of one batch
@@ -164,7 +163,6 @@ LONG = {
     "src/train.py",  # the main job from the overrides to the summary
     "src/training/config.py",  # five sections of the config with all their limits
     "src/training/module.py",  # one LightningModule
-    "src/verify_resume.py",  # a run, its double, its interruptions, and the comparison
 }
 
 

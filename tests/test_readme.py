@@ -219,7 +219,7 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch, small_weights):
 
 def apply(example: str, root: Path) -> None:
     """Write the files of ``example`` below ``root`` and change what its diffs change."""
-    for path, kind, block in re.findall(r"in `([\w/.]+)`:\n\n```(python|yaml|diff)\n(.*?)```", example, re.S):
+    for path, kind, block in re.findall(r"`([\w/.]+)`:\n\n```(python|yaml|diff)\n(.*?)```", example, re.S):
         if kind != "diff":
             assert len(block.splitlines()) <= 20
             (root / path).write_text(block)
