@@ -1,25 +1,61 @@
-"""Files that are written whole or not at all, with the user's umask, and folders that leave nothing behind."""
+"""Files that are replaced whole or not at all, and folders that leave nothing behind."""
 
 import json
 import math
+import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace what is at ``path`` by ``text``; whoever reads it meanwhile sees the old content or the new."""
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """The path of a new file ``<path>.part``, which becomes ``path`` if the block succeeds and is removed otherwise.
+    A reader of ``path`` sees the old content or the new, never a mixture. One process at a time may write.
+
+    ``durable`` waits until the new content is on the disk, so that it survives a power failure.
+    """
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # of a process that was killed; it may be another name of a file that is in use
     try:
-        part.write_text(text, encoding="utf-8", newline="")
+        yield part
+        if durable:
+            _flush(part)
         part.replace(path)
+        if durable and os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give the file at ``path`` a second name, which replaces what ``name`` was. A file system without hard links gets
+    a copy."""
+    with replacing(name) as part:
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace what is at ``path`` by ``text`` in UTF-8, line ends as they are."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, which has no infinities and no NaN: they become the texts ``"inf"``, ``"-inf"`` and
+    """Write ``value`` as JSON. Infinities and NaN, which JSON lacks, become the strings ``"inf"``, ``"-inf"`` and
     ``"nan"``, which ``float`` reads."""
     write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
@@ -33,7 +69,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file ``path``; an empty one where there is no regular file or it holds anything else."""
+    """The JSON object in the file ``path``, or an empty one if there is no regular file or it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
@@ -42,13 +78,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def remove_folder(folder: Path, *names: str) -> None:
-    """Remove what ``names``, which may be patterns, fit in ``folder``, then, as far as they are empty, it and the
-    folders around it in the working folder."""
+    """Remove the files and folders in ``folder`` that match ``names`` (glob patterns). Then remove ``folder`` and its
+    parents within the working folder, as long as they are empty."""
     for path in [path for name in names for path in folder.glob(name)]:
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):
             path.unlink()
     around = [parent for parent in folder.absolute().parents if Path.cwd() in parent.parents]
-    with suppress(OSError):  # the first that is not empty ends it
+    with suppress(OSError):  # stops at the first that is not empty
         for empty in [folder, *around]:
             empty.rmdir()

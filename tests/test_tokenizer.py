@@ -134,6 +134,6 @@ def test_only_so_much_is_held_for_want_of_a_word_boundary(monkeypatch):
                 assert "".join(separable(pieces)) == text
             else:
                 with pytest.raises(
-                    ValueError, match=r"^source: a\.txt has more than 10 characters .*: source=<the file"
+                    ValueError, match=r"^source: a\.txt has more than 10 characters .*; use source=<the file"
                 ):
                     list(separable(pieces, "source: a.txt"))
