@@ -90,19 +90,9 @@ def split_white_space(text: str, special_tokens: set[str], long: int = LONG) -> 
     return [text[first:last] for first, last in itertools.pairwise([*cuts, len(text)])]
 
 
-def encode_pieces(
-    pieces: Iterable[str],
-    tokenizer: tiktoken.Encoding | None = None,
-    special_tokens: str = "parse",
-    source: str = "text",
-) -> Iterator[np.ndarray]:
-    """Token ids of one text that comes in ``pieces``. Concatenated, they are those of the whole text."""
-    return (encode(piece, tokenizer, special_tokens) for piece in separable(pieces, source))
-
-
 def separable(pieces: Iterable[str], source: str = "text") -> Iterator[str]:
-    """The text in ``pieces``, cut where white space begins. GPT-2's pattern always starts a new match there, so each
-    of the new pieces can be encoded separately.
+    """The text in ``pieces``, cut where white space begins. GPT-2's pattern always starts a new match there, so the new
+    pieces can be encoded separately and have the tokens of the whole.
 
     Raises:
         ValueError: more than ``LONGEST`` characters without such a place. The message begins with ``source``, which is
@@ -134,9 +124,13 @@ def _last_break(text: str, searched: int) -> int:
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     """A hash of everything that decides how ``tokenizer`` encodes: its pattern, its tokens and its special tokens."""
     special = {token: tokenizer.encode_single_token(token) for token in tokenizer.special_tokens_set}
-    ranks = {token: tokenizer.encode_single_token(token) for token in tokenizer.token_byte_values()}
-    parts = [tokenizer._pat_str, sorted(ranks.items()), sorted(special.items())]
+    parts = [tokenizer._pat_str, sorted(token_ranks(tokenizer).items()), sorted(special.items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def token_ranks(tokenizer: tiktoken.Encoding) -> dict[bytes, int]:
+    """The id of each token but the special ones, which is also its rank in the order of merges."""
+    return {token: tokenizer.encode_single_token(token) for token in tokenizer.token_byte_values()}
 
 
 def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> Tensor:

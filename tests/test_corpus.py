@@ -205,7 +205,7 @@ def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
     def slowly(path, *arguments):
         begun.append(path)
         time.sleep(0.3)
-        write(path, *arguments)
+        return write(path, *arguments)
 
     monkeypatch.setattr(tokens, "_write", slowly)
     with ThreadPoolExecutor(3) as pool:

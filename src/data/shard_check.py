@@ -16,8 +16,6 @@ from src.files import read_json, replacing
 
 log = logging.getLogger(__name__)
 
-BLOCK = 2**20  # bytes read at a time
-
 
 class ShardCheck:
     """Compares the SHA-256 of ``files`` with those in the manifests beside them, in a thread of the lowest priority.
@@ -73,14 +71,11 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _verify(file: Path, expected: str) -> None:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
         state = [expected, *_state(stream.fileno())]
         if read_json(_verified()).get(os.path.realpath(file)) == state:
             return
-        while block := stream.read(BLOCK):
-            digest.update(block)
-        if digest.hexdigest() != expected:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
             raise ValueError(
                 f"data.path: {file} is damaged, its SHA-256 is not the one in {MANIFEST}; make the shards again with "
                 f"python -m src.prepare, or use data.path=<a good copy>"

@@ -69,22 +69,19 @@ def split_tokens(
     identity = [corpus.sha256, corpus.characters, cut, fingerprint(tokenizer), special_tokens]
     cache = Path(cache_dir).expanduser() if cache_dir is not None else user_cache() / "tokens"
     folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    cached = _read(folder, tokenizer)
-    if cached is None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            _remove_parts(cache)
-            with locked(_lock(folder), f"tokenises the same text into {folder}"):
-                cached = _read(folder, tokenizer)  # another process may have written it in the meantime
-                if cached is None:
-                    _write(folder, corpus, cut, tokenizer, special_tokens)
-                    cached = _read(folder, tokenizer)
-        except OSError as error:
-            raise ValueError(
-                f"data.cache_dir={cache} cannot be written to ({error.strerror}; it takes about "
-                f"{characters / 2e9:.1f} GB); use data.cache_dir=<a folder on another disk>"
-            ) from error
-    return cached
+    if cached := _read(folder, tokenizer):
+        return cached
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_parts(cache)
+        with locked(_lock(folder), f"tokenises the same text into {folder}"):
+            cached = _read(folder, tokenizer)  # another process may have written it in the meantime
+            return cached or _write(folder, corpus, cut, tokenizer, special_tokens)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache} cannot be written to ({error.strerror}; it takes about "
+            f"{characters / 2e9:.1f} GB); use data.cache_dir=<a folder on another disk>"
+        ) from error
 
 
 def tokens_between(
@@ -124,7 +121,9 @@ def _remove_parts(cache: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(folder: Path, corpus: Corpus, cut: int, tokenizer: tiktoken.Encoding, special_tokens: str) -> None:
+def _write(
+    folder: Path, corpus: Corpus, cut: int, tokenizer: tiktoken.Encoding, special_tokens: str
+) -> tuple[ShardTokens, ShardTokens]:
     """Make the shards in a folder of their own, which becomes ``folder`` once they are complete."""
     part, characters = folder.with_name(f"{folder.name}.part"), sum(corpus.characters)
     log.info("tokenising %s, %s characters, once, into %s", corpus.source, f"{characters:,}", folder)
@@ -142,6 +141,9 @@ def _write(folder: Path, corpus: Corpus, cut: int, tokenizer: tiktoken.Encoding,
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    written = _read(folder, tokenizer)
+    assert written is not None
+    return written
 
 
 def _read(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[ShardTokens, ShardTokens] | None:
