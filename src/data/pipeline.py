@@ -25,6 +25,10 @@ class Chunk(NamedTuple):
     end: tuple[int, int, int] = START
     skipped: int = 0
 
+    @property
+    def characters(self) -> int:
+        return sum(len(piece) for piece in self.pieces if piece)
+
 
 def tokenise(
     chunks: Iterable[Chunk],
@@ -67,7 +71,7 @@ def merged(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
     for chunk in chunks:
         pieces += chunk.pieces
         skipped += chunk.skipped
-        characters += DOCUMENT + sum(len(piece) for piece in chunk.pieces if piece)
+        characters += DOCUMENT + chunk.characters
         if characters >= size:
             yield Chunk(pieces, chunk.end, skipped)
             pieces, characters, skipped = [], 0, 0

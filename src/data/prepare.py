@@ -45,7 +45,8 @@ def prepare_shards(
         with locked(folder / ".lock"):
             shards = ShardWriter(folder, _manifest(config, files, folder, tokenizer), save_every)
             if not shards.manifest["complete"]:
-                _fill(shards, config, files, tokenizer, advance, chunk)
+                chunks = _chunks(files, config.text_key, shards.end, chunk, advance)
+                _fill(shards, tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk), config, files)
         return shards.manifest
     except Timeout:
         raise ValueError(f"output={folder} is in use by another process; use output=<a new folder>") from None
@@ -60,17 +61,9 @@ def prepare_shards(
                 place.rmdir()
 
 
-def _fill(
-    shards: ShardWriter,
-    config: PrepareConfig,
-    files: list[Path],
-    tokenizer: tiktoken.Encoding,
-    advance: Progress,
-    size: int,
-) -> None:
+def _fill(shards: ShardWriter, tokenised: Iterable, config: PrepareConfig, files: list[Path]) -> None:
     try:
-        chunks = _chunks(files, config.text_key, shards.end, size, advance)
-        for chunk, tokens in tokenise(chunks, tokenizer, config.special_tokens, config.workers, size):
+        for chunk, tokens in tokenised:
             shards.add(chunk, tokens)
         if _described(files) != shards.manifest["sources"]:
             raise ValueError(f"source={config.paths[0]} changed while it was read; use output=<a new folder>")
@@ -137,35 +130,39 @@ def _manifest(config: PrepareConfig, files: list[Path], folder: Path, tokenizer:
     settings = {"name": config.name or folder.resolve().name, **{key: getattr(config, key) for key in keys}}
     new = new_manifest(settings, tokenizer, _described(files))
     found = read_manifest(folder)
-    if found is None:
-        ours = {f"{MANIFEST}.part"}  # of a process that was killed
-        others = sorted(
-            file.name for file in folder.iterdir() if not file.name.startswith(".") and file.name not in ours
-        )
-        if others:
-            raise ValueError(
-                f"output={folder} holds something else ({', '.join(others[:3])}); use output=<a new folder>"
-            )
-        return new
-    if not found.keys() >= new.keys() - {"part", "end"}:
-        raise ValueError(f"output={folder} has a {MANIFEST} of another program or version; use output=<a new folder>")
+    problem = _foreign_files(folder) if found is None else _difference(found, new, folder)
+    if problem:
+        raise ValueError(f"output={folder} {problem}; use output=<a new folder>")
     for key, value in settings.items():
-        if found["settings"].get(key) != value:
-            asked, begun = ("null" if v is None else v for v in (value, found["settings"].get(key)))
+        asked, begun = ("null" if v is None else v for v in (value, (found or new)["settings"].get(key)))
+        if asked != begun:
             raise ValueError(
                 f"{key}={asked} is not what output={folder} was begun with; use {key}={begun}, or output=<a new folder>"
             )
+    return found or new
+
+
+def _foreign_files(folder: Path) -> str | None:
+    names = {file.name for file in folder.iterdir()} - {f"{MANIFEST}.part"}  # which a killed process leaves
+    others = sorted(name for name in names if not name.startswith("."))
+    return f"holds something else ({', '.join(others[:3])})" if others else None
+
+
+def _difference(found: dict[str, Any], new: dict[str, Any], folder: Path) -> str | None:
+    """Why the shards in ``folder``, of the manifest ``found``, are not the beginning of those of ``new``."""
+    if not found.keys() >= new.keys() - {"part", "end"}:
+        return f"has a {MANIFEST} of another program or version"
     if found["tokenizer"] != new["tokenizer"]:
-        raise ValueError(f"output={folder} was begun with another tokenizer; use output=<a new folder>")
+        return "was begun with another tokenizer"
+    if changed := [source["file"] for source in new["sources"] if source not in found["sources"]]:
+        return f"was begun with other sources, {changed[0]} is new or has changed"
     if found["sources"] != new["sources"]:
-        changed = [source["file"] for source in new["sources"] if source not in found["sources"]]
-        what = f"source: {changed[0]} is new or has changed" if changed else "source has fewer or other files"
-        raise ValueError(f"{what} since output={folder} was begun; use the same source, or output=<a new folder>")
+        return "was begun with more sources or in another order"
     for shard in found["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != HEADER + 2 * shard["tokens"]:
-            raise ValueError(f"output={folder} has lost {path.name} or a part of it; use output=<a new folder>")
-    return found
+            return f"has lost {path.name} or a part of it"
+    return None
 
 
 def _described(files: list[Path]) -> list[dict[str, Any]]:

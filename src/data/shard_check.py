@@ -1,6 +1,5 @@
 """Detects damaged shards by their SHA-256, in the background while a run trains on them."""
 
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from src.data.download import user_cache
 from src.data.lock import locked
-from src.data.shards import MANIFEST, read_manifest
+from src.data.shards import MANIFEST, read_manifest, sha256_of
 from src.files import read_json, replacing
 
 log = logging.getLogger(__name__)
@@ -71,21 +70,21 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _verify(file: Path, expected: str) -> None:
-    with file.open("rb") as stream:
-        state = [expected, *_state(stream.fileno())]
-        if read_json(_verified()).get(os.path.realpath(file)) == state:
-            return
-        if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-            raise ValueError(
-                f"data.path: {file} is damaged, its SHA-256 is not the one in {MANIFEST}; make the shards again with "
-                f"python -m src.prepare, or use data.path=<a good copy>"
-            )
-        if state[1:] == _state(stream.fileno()):
-            _remember(os.path.realpath(file), state)
+    state = [expected, *_state(file)]
+    path = os.path.realpath(file)
+    if read_json(_verified()).get(path) == state:
+        return
+    if sha256_of(file) != expected:
+        raise ValueError(
+            f"data.path: {file} is damaged, its SHA-256 is not the one in {MANIFEST}; make the shards again with "
+            f"python -m src.prepare, or use data.path=<a good copy>"
+        )
+    if state[1:] == _state(file):
+        _remember(path, state)
 
 
-def _state(descriptor: int) -> list[int]:
-    stat = os.fstat(descriptor)
+def _state(file: Path) -> list[int]:
+    stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 

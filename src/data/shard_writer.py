@@ -63,8 +63,7 @@ class ShardWriter:
         """Write the ``tokens`` of each piece of ``chunk``."""
         shards = len(self.manifest["shards"])
         whole = np.concatenate([np.empty(0, dtype=np.uint16), *tokens])
-        characters = sum(len(piece) for piece in chunk.pieces if piece)
-        counts = len(whole), chunk.pieces.count(None), characters, chunk.skipped
+        counts = len(whole), chunk.pieces.count(None), chunk.characters, chunk.skipped
         while (room := self._limit() - self.part) <= len(whole):
             self._write(whole[:room])
             whole = whole[room:]

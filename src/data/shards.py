@@ -139,6 +139,11 @@ def _count(file: Path, digest) -> int:
     return tokens
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder: Path) -> dict | None:
     """The manifest of the shards in ``folder``: None if there is none, {} if it cannot be read."""
     try:

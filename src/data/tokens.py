@@ -18,9 +18,9 @@ from src.data.corpus import Corpus, read_corpus
 from src.data.download import user_cache
 from src.data.lock import locked
 from src.data.pipeline import Chunk, tokenise
-from src.data.progress import Progress, progress
+from src.data.progress import progress
 from src.data.shard_writer import ShardWriter, new_manifest
-from src.data.shards import ShardTokens, read_manifest, read_shards
+from src.data.shards import ShardTokens, read_manifest, read_shards, sha256_of
 from src.tokenizer import fingerprint, separable
 
 log = logging.getLogger(__name__)
@@ -94,17 +94,11 @@ def tokens_between(
     return np.concatenate(parts)
 
 
-def _chunks(corpus: Corpus, first: int, last: int, advance: Progress = lambda characters: None) -> Iterator[Chunk]:
+def _chunks(corpus: Corpus, first: int, last: int) -> Iterator[Chunk]:
     """The documents between two characters, with an end-of-text token before each but the first."""
-
-    def texts(pieces: Iterator[tuple[int, str]]) -> Iterator[str]:
-        for _, text in pieces:
-            yield text
-            advance(len(text))
-
     separator: list[str | None] = []
     for number, pieces in itertools.groupby(corpus.pieces(first, last), key=itemgetter(0)):
-        for piece in separable(texts(pieces), f"data.path: {corpus.files[number]}"):
+        for piece in separable((text for _, text in pieces), f"data.path: {corpus.files[number]}"):
             yield Chunk([*separator, piece])
             separator = []
         separator = [None]
@@ -134,8 +128,9 @@ def _write(
                 (part / role).mkdir(parents=True)
                 manifest = new_manifest(settings, tokenizer, [{"source": corpus.source, "sha256": corpus.sha256}])
                 with closing(ShardWriter(part / role, manifest, role=role)) as shards:
-                    for chunk, tokens in tokenise(_chunks(corpus, first, last, advance), tokenizer, special_tokens):
+                    for chunk, tokens in tokenise(_chunks(corpus, first, last), tokenizer, special_tokens):
                         shards.add(chunk, tokens)
+                        advance(chunk.characters)
                     shards.finish()
         shutil.rmtree(folder, ignore_errors=True)  # damaged, if it is there
         part.replace(folder)
@@ -153,19 +148,11 @@ def _read(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[ShardTokens, Shar
         manifest = read_manifest(folder / role)
         if not manifest:
             return None
-        shards = [(folder / role / shard["file"], shard["tokens"], shard["sha256"]) for shard in manifest["shards"]]
-        for path, _, sha256 in shards:
-            if not _is_whole(path, sha256):
+        shards = {folder / role / shard["file"]: shard for shard in manifest["shards"]}
+        for path, shard in shards.items():
+            if not path.is_file() or sha256_of(path) != shard["sha256"]:
                 log.warning("%s is damaged: tokenising again", path)
                 return None
-        parts.append(ShardTokens([(path, tokens) for path, tokens, _ in shards], tokenizer.n_vocab))
+        parts.append(ShardTokens([(path, shard["tokens"]) for path, shard in shards.items()], tokenizer.n_vocab))
     train, val = parts
     return train, val
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except OSError:
-        return False
