@@ -11,8 +11,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from src.data.config import DataConfig
+from src.data.lengths import check_lengths
 from src.data.shard_check import ShardCheck
-from src.data.tokens import Tokens, read_split
+from src.data.tokens import read_split
 from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset, evenly_spread
 from src.tokenizer import gpt2_tokenizer
 
@@ -81,7 +82,7 @@ class TextDataModule(LightningDataModule):
         if self.train_windows is not None:
             return
         train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
-        self._check(train, val)
+        check_lengths(self.config, len(train), len(val), self.accumulate, self.world_size)
         if self.config.format == "shards" and self.rank == 0:
             self._shard_check = ShardCheck([*train.paths, *val.paths])
         context_length = self.config.context_length
@@ -185,36 +186,6 @@ class TextDataModule(LightningDataModule):
             "val": f"{len(self.val_windows):,} windows, {len(self.val_windows.tokens):,} tokens",
             "evaluation": " and ".join(scored),
         }
-
-    def _check(self, train: Tokens, val: Tokens) -> None:
-        context_length, source = self.config.context_length, self.config.source
-        short = [
-            (name, len(part))
-            for name, part in (("training", train), ("validation", val))
-            if len(part) <= context_length
-        ]
-        if short:
-            fits = min(len(train), len(val)) - 1
-            cure = f"model.context_length={fits} or more text" if fits >= 1 else "data.path=<more text>"
-            have = " and ".join(f"{count} {name} tokens" for name, count in short)
-            raise ValueError(
-                f"data.path={source} has {have}, one window needs context_length + 1 = {context_length + 1}; use {cure}"
-            )
-        windows = len(SlidingWindowDataset(train, context_length, self.config.stride or context_length))
-        if windows < self.step_windows:
-            parts = {"data.batch_size": self.config.batch_size, "trainer.accumulate_grad_batches": self.accumulate}
-            asked = " ".join(f"{key}={value}" for key, value in parts.items() if value > 1)
-            asked += f" on {self.world_size} devices" if self.world_size > 1 else ""
-            if fits := windows // self.batch_windows:
-                cure = f"trainer.accumulate_grad_batches={fits}"
-            elif fits := windows // self.world_size:
-                cure = f"data.batch_size={fits}" + " trainer.accumulate_grad_batches=1" * (self.accumulate > 1)
-            else:
-                cure = f"trainer.devices={windows}"
-            raise ValueError(
-                f"{asked} is more than the {windows} training windows of data.path={source}; "
-                f"use {cure}, a smaller data.stride or more text"
-            )
 
     def _loader(self, dataset, **options) -> DataLoader:
         return DataLoader(

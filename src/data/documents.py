@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from src.data.compressed import blocks_of
 from src.data.corpus import BLOCK, decoded
 from src.data.files import find_files
 from src.data.progress import Progress
@@ -18,7 +19,6 @@ FORMATS = (".txt", ".jsonl", ".parquet")
 ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
 NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
 ROWS = 64  # of a parquet file, decoded at a time
-PACKED_BLOCK = 2**10  # bytes of zstandard unpacked at a time: four of them can stand for 128 KiB
 LINE = 2**25  # bytes of a line of JSON at most, which is held in memory as a whole, several times over
 
 
@@ -85,53 +85,17 @@ def _explained(file: Path) -> Iterator[None]:
 
 def _whole(file: Path, progress: Progress) -> Iterator[str]:
     with _explained(file):
-        yield from decoded(_blocks(file, progress))
+        yield from decoded(blocks_of(file, progress))
 
 
 def _bad(file: Path, what: str, cure: str) -> ValueError:
     return ValueError(f"source: {file} {what}; use {cure}")
 
 
-def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
-    """The content of ``file``, decompressed."""
-    with file.open("rb") as packed:
-        if file.suffix == ".zst":
-            blocks = _unpacked_zstandard(iter(lambda: packed.read(PACKED_BLOCK), b""))
-        else:
-            stream = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
-            blocks = iter(lambda: stream.read(BLOCK), b"")
-        before = 0
-        for block in blocks:
-            yield block
-            progress(packed.tell() - before)
-            before = packed.tell()
-
-
-def _unpacked_zstandard(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    frame, unpacked = None, bytearray()
-    try:
-        for block in blocks:
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                unpacked += frame.decompress(block)
-                block = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-            while len(unpacked) >= BLOCK:
-                yield bytes(unpacked[:BLOCK])
-                del unpacked[:BLOCK]
-    except zstandard.ZstdError as error:
-        raise zlib.error(str(error)) from None
-    if frame is not None:  # which zstandard does not report
-        raise EOFError("it ends in the middle of a frame")
-    yield bytes(unpacked)
-
-
 def _lines(file: Path, progress: Progress) -> Iterator[bytes]:
     begun = bytearray()
     number = 1
-    for block in _blocks(file, progress):
+    for block in blocks_of(file, progress):
         *ends, rest = block.split(b"\n")
         for end in ends:
             yield b"".join((begun, end))

@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
     @property
     def characters(self) -> int:
-        return sum(len(piece) for piece in self.pieces if piece)
+        return sum(map(len, filter(None, self.pieces)))
 
 
 def tokenise(
