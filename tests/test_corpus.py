@@ -169,6 +169,10 @@ def test_large_text_is_tokenised_once_into_a_cache(tmp_path, monkeypatch, caplog
     assert "is damaged: tokenising again" in caplog.text
     assert np.array_equal(again, expected)
     assert not list(cache.rglob("*.part"))
+    for folder in list(cache.iterdir()):
+        folder.rename(f"{folder}.part")  # as if their processes had been killed at the last moment
+    assert made()[1] is True
+    assert [file.suffix for file in cache.iterdir()] == [""]
 
 
 @pytest.mark.parametrize("train_ratio", [0.3, 0.5, 0.9, 1.0])

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.cli.overrides import CONF
-from src.data import documents, prepare, shard_writer
+from src.data import documents, prepare, progress, shard_writer
 from src.data.config import PrepareConfig
 from src.data.pipeline import merged
 from src.data.prepare import prepare_shards
@@ -392,6 +392,18 @@ def test_full_disk_is_one_line_and_can_be_continued(tmp_path, monkeypatch):
         assert "No space left on device" in refused(config(source, output))
     prepare_shards(config(source, output))
     assert tokens_in(output) == EXPECTED
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    with caplog.at_level("INFO"):
+        for total in 1500, None:
+            with progress.progress("tokenising", total, "bytes") as advance:
+                advance(1200)
+                advance(300)
+    done = [message.split(", ")[0].removesuffix(" bytes") for message in caplog.messages]
+    assert done == ["tokenising: 1,200", "tokenising: 1,500"] * 2
+    assert caplog.messages[1].endswith(" per second, 0 s left")
 
 
 def test_command(command, tmp_path):

@@ -95,7 +95,7 @@ def _verified() -> Path:
 
 def _remember(path: str, state: list) -> None:
     known = _verified()
-    with suppress(OSError):  # then the shard is read again next time
+    with suppress(OSError, NotImplementedError):  # no locks on this disk, for instance; then it is read again next time
         known.parent.mkdir(parents=True, exist_ok=True)
         with locked(known.with_suffix(".lock"), "records verified shards"), replacing(known) as part:
             others = {other: state for other, state in read_json(known).items() if os.path.exists(other)}
