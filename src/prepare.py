@@ -1,37 +1,41 @@
-"""Tokens on disk from text larger than memory: ``python -m src.prepare source=<files> output=<folder>``. See
-``conf/prepare.yaml``."""
+"""Tokens on disk from text larger than memory: ``python -m src.prepare source=<files> output=<folder>``. The keys are
+explained in ``conf/prepare.yaml``."""
 
 from __future__ import annotations
 
 import logging
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from src.cli import app
+from src.cli.typed import typed
 from src.data.config import PrepareConfig
 
 log = logging.getLogger(__name__)
 
-LINE_EVERY = 10  # seconds between lines of progress, where there is no terminal for a bar
 
+def check(cfg: DictConfig) -> PrepareConfig:
+    """``cfg`` as a frozen config.
 
-def find_problems(cfg: DictConfig) -> list[str]:
-    """Everything wrong with ``cfg`` that can be known without reading the sources."""
-    checked, found = app.check_sections(cfg, {"": PrepareConfig})
-    if not checked:
-        return found
+    Raises:
+        ValueError: every problem that can be found without reading the sources, one per line.
+    """
+    config = typed(cfg, PrepareConfig)
     from src.data.documents import find_sources
 
+    found = []
     try:
-        find_sources(checked[""].paths)
+        find_sources(config.paths)
     except ValueError as error:
-        found += str(error).splitlines()
-    return found + app.problems_of_output(Path(checked[""].output).expanduser())
+        found.append(str(error))
+    try:
+        app.check_output(Path(config.output).expanduser())
+    except ValueError as error:
+        found.append(str(error))
+    if found:
+        raise ValueError("\n".join(found))
+    return config
 
 
 def prepare(cfg: DictConfig) -> None:
@@ -40,14 +44,14 @@ def prepare(cfg: DictConfig) -> None:
     Raises:
         ValueError: the problems of the config, and those of :func:`~src.data.prepare.prepare_shards`.
     """
-    if problems := find_problems(cfg):
-        raise ValueError("\n".join(problems))
+    config = check(cfg)
     from src.data.documents import find_sources
     from src.data.prepare import prepare_shards
+    from src.data.progress import progress
 
-    config = PrepareConfig(**{key: cfg[key] for key in PrepareConfig.__dataclass_fields__})
-    with _progress(sum(file.stat().st_size for file in find_sources(config.paths))) as progress:
-        manifest = prepare_shards(config, progress=progress)
+    size = sum(file.stat().st_size for file in find_sources(config.paths))
+    with progress("tokenising", size, "bytes") as advance:
+        manifest = prepare_shards(config, advance=advance)
     for shard in manifest["shards"]:
         log.info("%s  %s tokens", shard["file"], f"{shard['tokens']:,}")
     counts = ", ".join(f"{manifest[key]:,} {key}" for key in ("tokens", "documents", "characters"))
@@ -55,31 +59,5 @@ def prepare(cfg: DictConfig) -> None:
     print(f"{config.output}: {len(manifest['shards']):,} shards, {counts}{skipped}")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal, a line now and then elsewhere; takes the number of bytes that were read."""
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("tokenising", total=total)
-        done, started = 0.0, time.monotonic()
-        told = started
-
-        def advance(size: float) -> None:
-            nonlocal done, told
-            done += size
-            bar.advance(task, size)
-            now = time.monotonic()
-            if bar.disable and now - told >= LINE_EVERY and done:
-                told, rate = now, done / (now - started)
-                log.info("%.0f of %.0f MB, %.1f MB/s, %.0f s left", done / 1e6, total / 1e6, rate / 1e6,
-                         (total - done) / rate)  # fmt: skip
-
-        yield advance
-
-
 if __name__ == "__main__":
-    app.launch("prepare", prepare, find_problems)
+    app.launch("prepare", prepare, check)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 RANK_TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 RANK_TABLE_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's has more
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, fewer than Python's
 BREAK = re.compile(f"(?<=[^{WHITE}])[{WHITE}]")
-LONG = 2**16  # white space in a row that is split before tiktoken's regex sees it; its stack ends at about a million
-LONGEST = 5_000_000  # characters held in memory for want of a break; tokenising them takes 50 to 130 bytes each
+LONG = 2**16  # white space in a row that is split for tiktoken's regex, whose stack overflows at about a million
+LONGEST = 5_000_000  # characters without a break that are held in memory; tokenising them takes 50 to 130 bytes each
 
 
 @functools.cache
@@ -34,9 +34,9 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     Raises:
         ValueError: the packaged rank table is damaged.
     """
-    table = RANK_TABLE.read_bytes()  # parsed here: tiktoken's own loader leaves a copy in the temporary folder
+    table = RANK_TABLE.read_bytes()  # tiktoken's own loader leaves a copy in the temporary folder
     if hashlib.sha256(table).hexdigest() != RANK_TABLE_SHA256:
-        raise ValueError(f"{RANK_TABLE} is damaged: restore it with git checkout {RANK_TABLE}")
+        raise ValueError(f"{RANK_TABLE} is damaged; restore it with git checkout {RANK_TABLE}")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, table.splitlines())}
     return tiktoken.Encoding(
         "gpt2",
@@ -48,10 +48,10 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> np.ndarray:
-    """Token ids of ``text``, ``(T,)``: uint16 where the vocabulary fits in it, else uint32.
+    """Token ids of ``text``, ``(T,)`` of :func:`token_dtype`.
 
-    ``special_tokens`` decides what a literal ``<|endoftext|>`` means, in a corpus and in a prompt alike:
-    ``parse`` makes it the one end-of-text token, ``text`` spells it out like any other text.
+    ``special_tokens`` decides what a literal ``<|endoftext|>`` becomes, in a corpus and in a prompt alike: ``parse``
+    makes it the end-of-text token, ``text`` encodes it like any other text.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
     allowed = tokenizer.special_tokens_set if special_tokens == "parse" else set()
@@ -59,24 +59,28 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
     def ids(text: str) -> np.ndarray:
         try:
             return tokenizer.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form: it becomes U+FFFD
+        except UnicodeEncodeError:  # a lone surrogate, which becomes U+FFFD
             return ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        except ValueError:  # the stack of tiktoken's regex
+        except ValueError:  # the stack of tiktoken's regex overflowed
             parts = split_white_space(text, allowed)
             if len(parts) == 1:
                 raise
             return np.concatenate([ids(part) for part in parts])
 
-    return ids(text).astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+    return ids(text).astype(token_dtype(tokenizer))
+
+
+def token_dtype(tokenizer: tiktoken.Encoding) -> type[np.unsignedinteger]:
+    """uint16 if it holds all ids of ``tokenizer``, else uint32."""
+    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
 def split_white_space(text: str, special_tokens: set[str], long: int = LONG) -> list[str]:
-    r"""``text`` cut in each run of at least ``long`` white space; the tokens of the parts, end to end, are its own.
+    r"""``text`` cut in each run of at least ``long`` white space. The parts have the same tokens as the whole.
 
-    Where anything but white space follows, GPT-2's pattern ends such a run one character early, by ``\s+(?!\S)``, for
-    which tiktoken's regex keeps an entry per character on its stack. At the end of a text, and before one of
-    ``special_tokens``, it takes the whole run, by ``\s++$``, and keeps none: so a part that ends where the run would
-    have ended gives the same tokens.
+    If text follows, GPT-2's pattern ends such a run one character early, by ``\s+(?!\S)``, for which tiktoken's regex
+    keeps an entry per character on its stack. At the end of a text, and before one of ``special_tokens``, it takes the
+    whole run, by ``\s++$``, without a stack. So a part that ends where the run would have ended has the same tokens.
     """
     cuts = [0]
     for run in re.finditer(f"[{WHITE}]+", text):
@@ -86,23 +90,13 @@ def split_white_space(text: str, special_tokens: set[str], long: int = LONG) -> 
     return [text[first:last] for first, last in itertools.pairwise([*cuts, len(text)])]
 
 
-def encode_pieces(
-    pieces: Iterable[str],
-    tokenizer: tiktoken.Encoding | None = None,
-    special_tokens: str = "parse",
-    source: str = "text",
-) -> Iterator[np.ndarray]:
-    """Token ids of one text that comes in ``pieces``: end to end, those that :func:`encode` gives for the whole. See
-    :func:`separable`."""
-    return (encode(piece, tokenizer, special_tokens) for piece in separable(pieces, source))
-
-
 def separable(pieces: Iterable[str], source: str = "text") -> Iterator[str]:
-    """The ``pieces`` of one text, cut anew so that each can be encoded by itself: where white space begins, GPT-2's
-    pattern always starts anew.
+    """The text in ``pieces``, cut where white space begins. GPT-2's pattern always starts a new match there, so the new
+    pieces can be encoded separately and have the tokens of the whole.
 
     Raises:
-        ValueError: more than ``LONGEST`` characters without such a place; ``source`` is what to blame, ``key: file``.
+        ValueError: more than ``LONGEST`` characters without such a place. The message begins with ``source``, which is
+            ``<key>: <file>``.
     """
     rest, searched = "", 1
     for piece in pieces:
@@ -113,8 +107,8 @@ def separable(pieces: Iterable[str], source: str = "text") -> Iterator[str]:
         rest += piece
         if len(rest) > LONGEST and not BREAK.search(rest, searched, LONGEST + 1):
             raise ValueError(
-                f"{source} has more than {LONGEST:,} characters without a word boundary: "
-                f"{source.partition(':')[0]}=<the file with line breaks>"
+                f"{source} has more than {LONGEST:,} characters without a word boundary; "
+                f"use {source.partition(':')[0]}=<the file with line breaks>"
             )
     if rest:
         yield rest
@@ -128,14 +122,20 @@ def _last_break(text: str, searched: int) -> int:
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """A hash of everything that decides how ``tokenizer`` encodes."""
-    parts = [tokenizer._pat_str, sorted(tokenizer._mergeable_ranks.items()), sorted(tokenizer._special_tokens.items())]
+    """A hash of everything that decides how ``tokenizer`` encodes: its pattern, its tokens and its special tokens."""
+    special = {token: tokenizer.encode_single_token(token) for token in tokenizer.special_tokens_set}
+    parts = [tokenizer._pat_str, sorted(token_ranks(tokenizer).items()), sorted(special.items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def token_ranks(tokenizer: tiktoken.Encoding) -> dict[bytes, int]:
+    """The id of each token but the special ones, which is also its rank in the order of merges."""
+    return {token: tokenizer.encode_single_token(token) for token in tokenizer.token_byte_values()}
+
+
 def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> Tensor:
-    """Token ids of ``text`` as a batch of one, ``(1, T)`` int64, ready for the model. See :func:`encode`."""
-    import torch  # not needed by those who only prepare data
+    """Token ids of ``text`` as a batch of one, ``(1, T)`` int64. See :func:`encode`."""
+    import torch  # not needed to prepare data
 
     return torch.from_numpy(encode(text, tokenizer, special_tokens).astype(np.int64)).unsqueeze(0)
 
@@ -143,18 +143,18 @@ def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding | None = None, spe
 def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding | None = None) -> str:
     """The text of ``token_ids``, ``(1, T)`` or ``(T,)``.
 
-    Bytes that are no UTF-8 and ids that the tokenizer does not have (a padded vocabulary has some) read as U+FFFD.
+    Bytes that are not UTF-8 and ids that the tokenizer does not have (as in a padded vocabulary) become U+FFFD.
 
     Raises:
-        ValueError: a batch of several rows, which has no single text.
+        ValueError: a batch of several rows.
     """
     if token_ids.dim() > 1 and token_ids.shape[0] != 1:
-        raise ValueError(f"token_ids_to_text takes one row, not {token_ids.shape[0]}: decode row by row")
+        raise ValueError(f"token_ids_to_text takes one row, not {token_ids.shape[0]}; decode row by row")
     return b"".join(token_bytes(token, tokenizer) for token in token_ids.flatten().tolist()).decode(errors="replace")
 
 
 def token_bytes(token: int, tokenizer: tiktoken.Encoding | None = None) -> bytes:
-    """The bytes that one token stands for; U+FFFD's where it stands for none."""
+    """The bytes of one token, or those of U+FFFD if the tokenizer does not have it."""
     try:
         return (tokenizer or gpt2_tokenizer()).decode_single_token_bytes(token)
     except KeyError:
@@ -162,8 +162,10 @@ def token_bytes(token: int, tokenizer: tiktoken.Encoding | None = None) -> bytes
 
 
 def token_byte_counts(tokenizer: tiktoken.Encoding | None = None) -> np.ndarray:
-    """How many bytes of text each token stands for, ``(n_vocab,)``; special tokens stand for none."""
+    """The number of bytes of text in each token, ``(n_vocab,)``; 0 for special tokens."""
     tokenizer = tokenizer or gpt2_tokenizer()
-    special = tokenizer._special_tokens.values()
-    counts = [0 if token in special else len(token_bytes(token, tokenizer)) for token in range(tokenizer.n_vocab)]
-    return np.array(counts, dtype=np.int64)
+
+    def count(token: int) -> int:
+        return 0 if tokenizer.is_special_token(token) else len(token_bytes(token, tokenizer))
+
+    return np.array([count(token) for token in range(tokenizer.n_vocab)], dtype=np.int64)

@@ -18,7 +18,7 @@ from src.data import corpus, tokens
 from src.data.corpus import PREPARED, STORY, read_corpus
 from src.data.documents import ENDINGS
 from src.data.files import find_files
-from src.data.tokens import split_tokens, tokenise
+from src.data.tokens import split_tokens, tokens_between
 from src.tokenizer import encode, gpt2_tokenizer
 
 
@@ -86,7 +86,7 @@ def test_what_is_to_be_prepared_names_the_command(tmp_path, ending):
     path = tmp_path / f"a{ending}"
     path.write_text('{"text": "a"}')
     command = f"python -m src.prepare source={path} output=my_shards, then data=shards data.path=my_shards"
-    with pytest.raises(ValueError, match=f"^data.path: {path} is no plain text: {command}$"):
+    with pytest.raises(ValueError, match=f"^data.path: {path} is not plain text; use {command}$"):
         read_corpus(str(path))
 
 
@@ -129,8 +129,8 @@ def test_documents_are_joined_by_end_of_text(tmp_path):
     for name in "one", "two", "three":
         (tmp_path / f"{len(name)}{name}.txt").write_text(name)
     read, tokenizer = read_corpus(str(tmp_path)), gpt2_tokenizer()
-    (whole,) = [np.concatenate(list(tokenise(read, 0, 11, tokenizer))).tolist()]
-    assert whole == [*encode("one"), 50256, *encode("two"), 50256, *encode("three")]
+    whole = tokens_between(read, 0, 11, tokenizer)
+    assert whole.tolist() == [*encode("one"), 50256, *encode("two"), 50256, *encode("three")]
     train, val = split_tokens(read, 0.5, tokenizer)  # 5 of the 11 characters
     assert train.tolist() == [*encode("one"), 50256, *encode("tw")]
     assert val.tolist() == [*encode("o"), 50256, *encode("three")]
@@ -146,8 +146,8 @@ def test_large_text_is_tokenised_once_into_a_cache(tmp_path, monkeypatch, caplog
         caplog.clear()
         with caplog.at_level("INFO"):
             train, val = split_tokens(read_corpus(str(file)), 0.9, tokenizer, cache_dir=str(cache), **options)
-        assert isinstance(train, np.memmap)
-        return np.concatenate([train, val]), "once, into" in caplog.text
+        assert isinstance(train[:], np.memmap)
+        return np.concatenate([train[:], val[:]]), "once, into" in caplog.text
 
     cut = int(0.9 * len(text))
     expected = np.concatenate([encode(text[:cut]), encode(text[cut:])])
@@ -161,15 +161,36 @@ def test_large_text_is_tokenised_once_into_a_cache(tmp_path, monkeypatch, caplog
     file.write_text(text.replace("ferry", "merry"))  # of the same length
     assert made()[1] is True
     file.write_text(text)
-    kept = sorted(cache.glob("*.tokens"))
-    assert len(kept) == 3
-    for path in kept:
+    assert len(list(cache.iterdir())) == 3
+    for path in cache.glob("*/*/*.bin"):
         path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     again, fresh = made()
     assert fresh
     assert "is damaged: tokenising again" in caplog.text
     assert np.array_equal(again, expected)
-    assert not list(cache.glob("*.part"))
+    assert not list(cache.rglob("*.part"))
+    for folder in list(cache.iterdir()):
+        folder.rename(f"{folder}.part")  # as if their processes had been killed at the last moment
+    assert made()[1] is True
+    assert [file.suffix for file in cache.iterdir()] == [""]
+
+
+@pytest.mark.parametrize("train_ratio", [0.3, 0.5, 0.9, 1.0])
+def test_a_large_text_has_the_tokens_of_a_small_one(tmp_path, monkeypatch, train_ratio):
+    """End-of-text tokens between documents included, over empty documents and several shards of either split."""
+    folder, cache, tokenizer = tmp_path / "texts", tmp_path / "cache", gpt2_tokenizer()
+    folder.mkdir()
+    for number, text in enumerate(["", "one ferry", "", "x" * 30, "The ferry rang; nobody waited. " * 20, "end", ""]):
+        (folder / f"{number}.txt").write_text(text)
+    read = read_corpus(str(folder))
+    expected = split_tokens(read, train_ratio, tokenizer)
+    monkeypatch.setattr(tokens, "LARGE", 100)
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 20)
+    made = split_tokens(read, train_ratio, tokenizer, cache_dir=str(cache))
+    assert [part[:].tolist() for part in made] == [part.tolist() for part in expected]
+    names = {path.name for path in cache.glob("*/*/*.bin")}
+    roles = {"train": len(expected[0]), "val": len(expected[1])}
+    assert names == {f"text_{role}_{at // 20:06d}.bin" for role, count in roles.items() for at in range(0, count, 20)}
 
 
 def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
@@ -180,14 +201,15 @@ def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
     cache.mkdir()
     claimed = FileLock(cache / ("b" * 32 + ".lock"))
     claimed.acquire()  # by a process that is tokenising another text
-    for name in "a" * 32 + ".tokens.part", "a" * 32 + ".tokens.77.part", "b" * 32 + ".tokens.part", "mine.part":
-        (cache / name).write_text("cut off")
+    for name in "a" * 32 + ".part", "b" * 32 + ".part", "mine.part":
+        (cache / name).mkdir()
+        (cache / name / "text_train_000000.bin.part").write_text("cut off")
     write, begun = tokens._write, []
 
     def slowly(path, *arguments):
         begun.append(path)
         time.sleep(0.3)
-        write(path, *arguments)
+        return write(path, *arguments)
 
     monkeypatch.setattr(tokens, "_write", slowly)
     with ThreadPoolExecutor(3) as pool:
@@ -197,9 +219,8 @@ def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
         ]
     assert len(begun) == 1
     for each in made:
-        assert np.concatenate(each.result()).tolist() == np.concatenate(made[0].result()).tolist()
-    key = begun[0].stem
-    left = {f"{key}.tokens", f"{key}.json", "b" * 32 + ".lock", "b" * 32 + ".tokens.part", "mine.part"}
+        assert [part[:].tolist() for part in each.result()] == [part[:].tolist() for part in made[0].result()]
+    left = {begun[0].name, "b" * 32 + ".lock", "b" * 32 + ".part", "mine.part"}
     assert {path.name for path in cache.iterdir()} == left
     claimed.release()
 
@@ -208,7 +229,7 @@ def test_cache_that_cannot_be_written_is_told_with_its_cure(tmp_path, monkeypatc
     monkeypatch.setattr(tokens, "LARGE", 100)
     (tmp_path / "text.txt").write_text("word " * 100)
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ValueError, match=r"data\.cache_dir=.* cannot be written to .*: data\.cache_dir=<"):
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.* cannot be written to .*; use data\.cache_dir=<"):
         split_tokens(read_corpus(str(tmp_path / "text.txt")), 0.9, gpt2_tokenizer(), cache_dir=str(tmp_path / "cache"))
 
 
@@ -273,7 +294,7 @@ def test_download_is_cached_and_verified(tmp_path, network):
         read = read_corpus(url=URL, sha256=pinned)
         assert [text for _, text in read.pieces(0, 99)] == ["a pinned text"]
     assert calls == [URL]
-    with pytest.raises(ValueError, match=r"could not be fetched.*data\.path="):
+    with pytest.raises(ValueError, match=r"could not be fetched.*; use data\.path="):
         read_corpus(url=URL, sha256="0" * 64)
     assert [file.name for file in (tmp_path / "gpt2-lightning").iterdir()] == ["the-text.txt"]
 
@@ -292,7 +313,7 @@ def test_download_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / name)
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(ValueError, match=r"could not be fetched.*data\.path=") as error:
+    with pytest.raises(ValueError, match=r"could not be fetched.*; use data\.path=") as error:
         read_corpus(url=URL, sha256="0" * 64, mirrors=[MIRROR])
     assert "\n" not in str(error.value)
     assert "example.org" in str(error.value)

@@ -101,7 +101,7 @@ def test_stride_overlaps_training_windows_only(make):
     [
         (
             {"context_length": 32},
-            "has 20 validation tokens; one window needs context_length + 1 = 33: model.context_length=19 or more text",
+            "20 validation tokens, one window needs context_length + 1 = 33; use model.context_length=19 or more text",
         ),
         ({"context_length": 500}, "has 180 training tokens and 20 validation tokens"),
         ({"batch_size": 30}, "data.batch_size=30 is more than the 22 training windows"),
@@ -109,7 +109,7 @@ def test_stride_overlaps_training_windows_only(make):
             {"batch_size": 12, "rank": 1, "world_size": 2},
             "data.batch_size=12 on 2 devices is more than the 22 training windows of",
         ),
-        ({"world_size": 23}, "trainer.devices=22, a smaller"),
+        ({"world_size": 23}, "use trainer.devices=22, a smaller"),
         ({"batch_size": 4, "accumulate": 6}, "trainer.accumulate_grad_batches=6 is more than the 22 training windows"),
         ({"train_ratio": 0.001}, "has 0 training tokens"),
     ],

@@ -217,8 +217,7 @@ def test_shares_of_training_are_one_order(length, batch_size, ranks, data):
     resumed = data.draw(st.integers(0, batches))
     given_out = []
     for rank in range(ranks):
-        sampler = SeededSampler(length, True, 7, multiple=whole)
-        sampler.resume_at(0, resumed * whole)
+        sampler = SeededSampler(length, True, 7, multiple=whole, done=resumed * whole)
         share = RankSampler(sampler, batch_size, rank, ranks)
         assert len(share) == batches * batch_size
         given_out.append(list(share))

@@ -34,16 +34,16 @@ TRAINS = {  # content, and what is trained on where that is not the content's pl
 REFUSED = {  # content, and a part of the message
     "empty": (b"", "is empty"),
     "byte-order mark alone": (b"\xef\xbb\xbf", "is empty"),
-    "blanks only": (b" \t\r\n" * 500, "nothing but white space"),
+    "blanks only": (b" \t\r\n" * 500, "only white space"),
     "one token": (b"the", "one window needs context_length + 1 = 17"),
     "exactly context_length": (None, "one window needs context_length + 1 = 17"),
     "invalid UTF-8": (STORY.encode()[:100] + b"\xff" + STORY.encode(), "not UTF-8, see byte 100"),
     "a cut character": (STORY.encode() + "я".encode()[:1], f"not UTF-8, see byte {len(STORY)}"),
     "lone surrogates": (b"abc\xed\xa0\x80" + STORY.encode(), "not UTF-8, see byte 3"),
-    "UTF-16": (STORY.encode("utf-16"), "UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+    "UTF-16": (STORY.encode("utf-16"), "UTF-16; convert it with iconv -f UTF-16 -t UTF-8"),
     "Latin-1": ("Ærøskøbing".encode("latin-1"), "iconv -t UTF-8"),
     "a word without end": (b"x" * 11_000_000, "more than 5,000,000 characters without a word boundary"),
-    "gzip": (gzip.compress(STORY.encode()), "gzip: unpack it"),
+    "gzip": (gzip.compress(STORY.encode()), "gzip; unpack it"),
     "a folder without text": (os.mkdir, "folder without a .txt file"),
     "a pipe": (os.mkfifo, "a device or a pipe"),
     "a link to nowhere": (lambda path: os.symlink("nowhere", path), "does not exist"),
@@ -102,7 +102,7 @@ def test_unreadable_file(tiny_run, tmp_path, monkeypatch, trials):
         return opened(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(ValueError, match=r"cannot read .*secret\.txt \(Permission denied\): data\.path="):
+    with pytest.raises(ValueError, match=r"cannot read .*secret\.txt \(Permission denied\); use data\.path="):
         tiny_run(*FAST, f"data.path={path}")
     trials.passed("odd texts", 1, "trained exactly or refused in one line")
 
@@ -110,12 +110,11 @@ def test_unreadable_file(tiny_run, tmp_path, monkeypatch, trials):
 def test_large_odd_texts(tmp_path, trials):
     """A line of 100 MB, and one character a million times: the tokens of the whole."""
     from src.data.corpus import read_corpus
-    from src.data.tokens import tokenise
+    from src.data.tokens import tokens_between
     from src.tokenizer import gpt2_tokenizer
 
     for text in "a" * trials(200_000, 1_000_000), (STORY + " ") * (trials(2, 100) * 10**6 // len(STORY)):
         path = tmp_path / "odd.txt"
         path.write_text(text)
-        parts = tokenise(read_corpus(str(path)), 0, len(text), gpt2_tokenizer())
-        assert np.array_equal(np.concatenate(list(parts)), encode(text))
+        assert np.array_equal(tokens_between(read_corpus(str(path)), 0, len(text), gpt2_tokenizer()), encode(text))
         trials.passed("odd texts", 1, "trained exactly or refused in one line")

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.cli.overrides import CONF
-from src.data import documents, prepare, shard_writer
+from src.data import documents, prepare, progress, shard_writer
 from src.data.config import PrepareConfig
+from src.data.pipeline import merged
 from src.data.prepare import prepare_shards
 from src.data.shards import HEADER, MAGIC, MANIFEST, read_shards
 from src.tokenizer import encode, gpt2_tokenizer
@@ -52,7 +53,8 @@ def json_lines(path: Path, texts: list[str] = TEXTS) -> Path:
 
 def config(source, output: Path, **options) -> PrepareConfig:
     source = [str(path) for path in source] if isinstance(source, list) else str(source)
-    return PrepareConfig(source, str(output), **{"name": "s", "shard_tokens": 200, "val_tokens": 50, **options})
+    options = {"name": "s", "shard_tokens": 200, "val_tokens": 50, **options}
+    return PrepareConfig(source=source, output=str(output), **options)
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -234,7 +236,7 @@ def test_a_long_document_without_line_breaks_stays_small(tmp_path):
     """Of 20 MB, no chunk is larger than the piece of it that is tokenised."""
     source = tmp_path / "a.txt"
     source.write_text("word after word, " * 1_200_000)
-    chunks = list(prepare._chunks([source], "text", (0, 0, 0), 2**16, lambda size: None))
+    chunks = list(merged(prepare._chunks([source], "text", (0, 0, 0), 2**16, lambda size: None), 2**16))
     assert max(sum(len(piece or "") for piece in chunk.pieces) for chunk in chunks) < 2**18
     assert sum(len(piece or "") for chunk in chunks for piece in chunk.pieces) == 17 * 1_200_000
 
@@ -247,15 +249,19 @@ def refused(asked: PrepareConfig) -> str:
 
 
 BROKEN = {  # name, content, a part of the message
-    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is no JSON"),
-    "no object": ("a.jsonl", b'["a"]', "line 1 is no JSON object"),
-    "no key": ("a.jsonl", b'{"content": "a", "id": 3}', "no key text (it has: content, id): text_key=<one of these>"),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
+    "no object": ("a.jsonl", b'["a"]', "line 1 is not a JSON object"),
+    "no key": (
+        "a.jsonl",
+        b'{"content": "a", "id": 3}',
+        "no key text (it has: content, id); use text_key=<one of these>",
+    ),
     "no text": ("a.jsonl", b'{"text": "a"}\n\n{"text": 5}', "line 3 has no text under text, but 5"),
-    "nulls alone": ("a.jsonl", b'{"text": null}\n{"text": null}', "source holds no document (2 null): source="),
+    "nulls alone": ("a.jsonl", b'{"text": null}\n{"text": null}', "source holds no document (2 null); use source="),
     "one word without end": ("a.txt.gz", gzip.compress(b"a" * 2**23), "a.txt.gz has more than 5,000,000 characters"),
     "no UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2 is not UTF-8, see its byte 10"),
     "no UTF-8 in text": ("a.txt", b"abc\xff", "a.txt is not UTF-8, see byte 3"),
-    "deep JSON": ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+    "deep JSON": ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     "truncated gzip": (
         "a.jsonl.gz",
         gzip.compress(b'{"text": "a"}\n' * 999)[:-9],
@@ -266,8 +272,8 @@ BROKEN = {  # name, content, a part of the message
     "empty": ("a.txt", b"", "is empty"),
     "no document": ("a.jsonl", b"\n \n", "source holds no document"),
     "other format": ("a.csv", b"text", "a.csv is none of .txt, .jsonl, .parquet"),
-    "packed parquet": ("a.parquet.gz", b"PAR1", "unpack it, then source=a.parquet"),
-    "too little": ("a.txt", b"a b c", "val_tokens=50 leaves nothing of the 4 tokens for training: val_tokens=0"),
+    "packed parquet": ("a.parquet.gz", b"PAR1", "unpack it, then use source=a.parquet"),
+    "too little": ("a.txt", b"a b c", "val_tokens=50 leaves nothing of the 4 tokens for training; use val_tokens=0"),
 }
 
 
@@ -281,7 +287,7 @@ def test_broken_source_is_one_line(tmp_path, what):
 
 def test_one_token_cannot_be_divided(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}')
-    assert "holds only 1 token: source=" in refused(config(tmp_path / "a.jsonl", tmp_path / "out", val_tokens=None))
+    assert "holds only 1 token; use source=" in refused(config(tmp_path / "a.jsonl", tmp_path / "out", val_tokens=None))
 
 
 def test_a_wrong_key_leaves_nothing_in_the_way_of_the_right_one(tmp_path):
@@ -298,9 +304,9 @@ def test_a_wrong_key_leaves_nothing_in_the_way_of_the_right_one(tmp_path):
 @pytest.mark.parametrize("name", ["line.jsonl.gz", "line.jsonl.zst", "zeros.txt.zst", "lines.jsonl.zst"])
 def test_a_small_file_that_unfolds_to_a_gigabyte_takes_little_memory(tmp_path, name):
     begin, block, message = {
-        "line": (b'{"text": "', b"a" * 2**24, "line 1 has more than 32 MiB: source="),
-        "zeros": (b"", bytes(2**24), "has more than 5,000,000 characters without a word boundary: source="),
-        "lines": (b"", b"\n" * 2**18, "source holds no document: source="),
+        "line": (b'{"text": "', b"a" * 2**24, "line 1 has more than 32 MiB; use source="),
+        "zeros": (b"", bytes(2**24), "has more than 5,000,000 characters without a word boundary; use source="),
+        "lines": (b"", b"\n" * 2**18, "source holds no document; use source="),
     }[name.split(".")[0]]
     if name.endswith(".gz"):
         packed = gzip.compress(begin) + gzip.compress(block) * 64
@@ -314,7 +320,7 @@ def test_a_small_file_that_unfolds_to_a_gigabyte_takes_little_memory(tmp_path, n
         "from src.data.config import PrepareConfig\n"
         "from src.data.prepare import prepare_shards\n"
         "try:\n"
-        "    prepare_shards(PrepareConfig(sys.argv[1], sys.argv[2]))\n"
+        "    prepare_shards(PrepareConfig(source=sys.argv[1], output=sys.argv[2]))\n"
         "except ValueError as error:\n"
         "    print(error)\n"
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
@@ -339,7 +345,7 @@ def test_broken_parquet_and_zstandard_are_one_line(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
     assert prepare_shards(config(tmp_path / "null.parquet", tmp_path / "o3", val_tokens=None))["skipped"] == 1
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-9])
-    assert "cut.parquet is no parquet that can be read" in refused(config(tmp_path / "cut.parquet", tmp_path / "o4"))
+    assert "cut.parquet cannot be read as parquet" in refused(config(tmp_path / "cut.parquet", tmp_path / "o4"))
     packed = write(tmp_path / "a.jsonl.zst", TEXTS)
     packed.write_bytes(packed.read_bytes()[:-5])
     assert "incomplete (it ends in the middle of a frame)" in refused(config(packed, tmp_path / "o5"))
@@ -350,14 +356,14 @@ def test_broken_parquet_and_zstandard_are_one_line(tmp_path):
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(documents.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    assert refused(config(tmp_path, tmp_path / "out")).endswith('need pyarrow: pip install -e ".[data]"')
+    assert refused(config(tmp_path, tmp_path / "out")).endswith('need pyarrow; use pip install -e ".[data]"')
 
 
 def test_other_text_other_settings_and_foreign_folders_are_refused(tmp_path):
     source, output = json_lines(tmp_path / "a.jsonl"), tmp_path / "out"
     prepare_shards(config(source, output))
     before = made(output)
-    assert refused(config(source, output, shard_tokens=99)).endswith("shard_tokens=200, or output=<new>")
+    assert refused(config(source, output, shard_tokens=99)).endswith("use shard_tokens=200, or output=<a new folder>")
     assert "val_tokens=7 is not what" in refused(config(source, output, val_tokens=7))
     assert "val_tokens=null is not what" in refused(config(source, output, val_tokens=None))
     assert prepare_shards(config(source, output, workers=3))["complete"]
@@ -386,6 +392,18 @@ def test_full_disk_is_one_line_and_can_be_continued(tmp_path, monkeypatch):
         assert "No space left on device" in refused(config(source, output))
     prepare_shards(config(source, output))
     assert tokens_in(output) == EXPECTED
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    with caplog.at_level("INFO"):
+        for total in 1500, None:
+            with progress.progress("tokenising", total, "bytes") as advance:
+                advance(1200)
+                advance(300)
+    done = [message.split(", ")[0].removesuffix(" bytes") for message in caplog.messages]
+    assert done == ["tokenising: 1,200", "tokenising: 1,500"] * 2
+    assert caplog.messages[1].endswith(" per second, 0 s left")
 
 
 def test_command(command, tmp_path):

@@ -68,14 +68,14 @@ def test_others_shards_train_and_validate_by_their_names(tmp_path, names):
 
 
 BROKEN = {
-    "a byte short": (lambda whole: whole[:-1], "says that it holds 40 tokens, but its size is that of 39.5"),
-    "a token too many": (lambda whole: whole + b"ab", "says that it holds 40 tokens, but its size is that of 41.0"),
-    "count beyond the file": (lambda whole: header(10**9) + whole[1024:], "says that it holds 1,000,000,000 tokens"),
-    "negative count": (lambda whole: header(-3) + whole[1024:], "says that it holds -3 tokens"),
-    "no token": (lambda whole: header(0), "says that it holds 0 tokens"),
-    "another magic": (lambda whole: b"abcd" + whole[4:], "begins with 1684234849, 1, a shard of GPT-2 tokens with"),
+    "a byte short": (lambda whole: whole[:-1], "has 40 tokens by its header and 39.5 by its size"),
+    "a token too many": (lambda whole: whole + b"ab", "has 40 tokens by its header and 41.0 by its size"),
+    "count beyond the file": (lambda whole: header(10**9) + whole[1024:], "has 1,000,000,000 tokens by its header"),
+    "negative count": (lambda whole: header(-3) + whole[1024:], "has -3 tokens by its header"),
+    "no token": (lambda whole: header(0), "has 0 tokens by its header"),
+    "another magic": (lambda whole: b"abcd" + whole[4:], "begins with 1684234849, 1, not with 20240520, 1"),
     "another version": (lambda whole: whole[:4] + b"\7" + whole[5:], "begins with 20240520, 7"),
-    "no header": (lambda whole: whole[:1000], "has 1000 bytes, no header of 1024"),
+    "no header": (lambda whole: whole[:1000], "has 1000 bytes, less than a header of 1024"),
     "empty": (lambda whole: b"", "has 0 bytes"),
 }
 
@@ -109,10 +109,10 @@ def test_shards_of_other_roles_or_unfinished_or_foreign_are_refused(tmp_path):
 
     refused("is a folder without a .bin file")
     shard(tmp_path / "a_val_0.bin", range(9))
-    refused("has no shard that trains, only a_val_0.bin")
+    refused("has no training shard, only a_val_0.bin")
     shard(tmp_path / "a_train_1.bin", range(9))
     (tmp_path / MANIFEST).write_text(json.dumps({"complete": False, "tokenizer": "?", "shards": []}))
-    refused("are not finished: run the command that makes them again, python -m src.prepare")
+    refused("are not complete; repeat the command that makes them, python -m src.prepare")
     (tmp_path / MANIFEST).write_text(json.dumps({"complete": True, "tokenizer": "?", "shards": []}))
     refused("comes from another tokenizer")
     (tmp_path / MANIFEST).write_text("{}")  # another program's
@@ -144,8 +144,8 @@ def test_hash_tells_shards_from_others(tmp_path):
 def prepared(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text(f"{number} {story_of(170 + number)}")
-    asked = PrepareConfig(str(tmp_path / "*.txt"), str(tmp_path / "prepared"), shard_tokens=300, val_tokens=150)
-    prepare_shards(asked)
+    source, output = str(tmp_path / "*.txt"), tmp_path / "prepared"
+    prepare_shards(PrepareConfig(source=source, output=str(output), shard_tokens=300, val_tokens=150))
     return tmp_path / "prepared"
 
 
@@ -217,8 +217,8 @@ def test_a_shard_is_verified_once_and_after_each_change(monkeypatch, prepared, c
     assert verified() == []
     (prepared / "prepared_train_000001.bin").write_bytes((prepared / "prepared_train_000001.bin").read_bytes())
     assert verified() == [files[0]]
-    for file in (cache / "gpt2-lightning").iterdir():
-        file.write_text("[1")
+    (record,) = (cache / "gpt2-lightning").iterdir()
+    record.write_text("[1")
     assert verified() == files
     overwrite_the_middle(prepared / "prepared_train_000001.bin")
     with pytest.raises(ValueError, match=r"train_000001\.bin is damaged"):

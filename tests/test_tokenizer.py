@@ -12,7 +12,6 @@ from src.tokenizer import (
     END_OF_TEXT,
     RANK_TABLE,
     encode,
-    encode_pieces,
     gpt2_tokenizer,
     separable,
     split_white_space,
@@ -97,7 +96,7 @@ ODD = st.text(
 def test_pieces_of_a_text_give_the_tokens_of_the_whole(pieces, special_tokens):
     for parts in pieces, [part for piece in pieces for part in (piece, "<|endof", "text|> ")]:
         whole = encode("".join(parts), special_tokens=special_tokens)
-        tokens = encode_pieces(parts, special_tokens=special_tokens)
+        tokens = [encode(part, special_tokens=special_tokens) for part in separable(parts)]
         assert [token for part in tokens for token in part] == whole.tolist()
 
 
@@ -119,8 +118,8 @@ def test_white_space_beyond_the_stack_of_the_regex(space):
         tokens = encode(text)
         assert token_byte_counts()[tokens].sum() == len(text.replace(END_OF_TEXT, "").encode())
         assert tokens[-1] == encode(text[-1:] if space == "\n" else text[-2:])[-1]
-        kept = encode_pieces([text[first : first + 2**18] for first in range(0, len(text), 2**18)])
-        assert np.array_equal(np.concatenate(list(kept)), tokens)
+        kept = separable([text[first : first + 2**18] for first in range(0, len(text), 2**18)])
+        assert np.array_equal(np.concatenate([encode(piece) for piece in kept]), tokens)
 
 
 def test_only_so_much_is_held_for_want_of_a_word_boundary(monkeypatch):
@@ -134,6 +133,6 @@ def test_only_so_much_is_held_for_want_of_a_word_boundary(monkeypatch):
                 assert "".join(separable(pieces)) == text
             else:
                 with pytest.raises(
-                    ValueError, match=r"^source: a\.txt has more than 10 characters .*: source=<the file"
+                    ValueError, match=r"^source: a\.txt has more than 10 characters .*; use source=<the file"
                 ):
                     list(separable(pieces, "source: a.txt"))

@@ -1,19 +1,19 @@
-"""What the data module and src.prepare need to know."""
+"""The configurations of the data module and of src.prepare."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
 
 
 class DataConfig(Config):
-    """Where the text comes from and how it is cut into windows; ``conf/data`` explains each key."""
+    """Where the text comes from and how it is cut into windows. ``conf/data`` explains each key."""
 
     section: ClassVar[str] = "data"
 
-    context_length: int | None = Field(256, ge=1)  # None: the model's, where a model is at hand
+    context_length: int | None = Field(256, ge=1)  # None: the model's
     format: Literal["text", "shards"] = "text"
     path: str | None = None
     url: str | None = None
@@ -32,7 +32,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _shards_have_a_path(self) -> "DataConfig":
         if self.format == "shards" and self.path is None:
-            raise ValueError("data.path=null has no shards; use data.path=<their folder, or a glob pattern>")
+            raise ValueError("data.path=null names no shards; use data.path=<their folder, or a glob pattern>")
         return self
 
     @property
@@ -41,7 +41,9 @@ class DataConfig(Config):
 
 
 class PrepareConfig(Config):
-    """Which files become shards, and how; ``conf/prepare.yaml`` explains each key."""
+    """Which files become shards, and how. ``conf/prepare.yaml`` explains each key. Keys that a user adds are kept."""
+
+    model_config = ConfigDict(extra="allow")
 
     source: str | list[str] = Field(examples=["<a file, folder, glob pattern or list of them>"], min_length=1)
     output: str = "my_shards"

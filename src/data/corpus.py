@@ -1,6 +1,6 @@
-"""Raw text in: documents from a file, a folder, a glob pattern, a pinned download or the packaged story.
+"""Documents from a file, a folder, a glob pattern, a pinned download or the packaged story.
 
-Text is never held as a whole: it is read, checked and hashed block by block, so its size does not matter.
+Text is read, checked and hashed block by block and never held as a whole, so its size does not matter.
 """
 
 import codecs
@@ -17,20 +17,20 @@ STORY = Path(__file__).parents[1] / "assets" / "story.txt"
 BLOCK = 2**20  # bytes read at a time
 PREPARED = (".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # what src.prepare reads
 OTHER_FORMATS = {
-    b"\x1f\x8b": "gzip: unpack it with gunzip",
-    b"PK\x03\x04": "a zip archive: unpack it with unzip",
-    b"\x28\xb5\x2f\xfd": "zstandard: unpack it with unzstd",
-    b"BZh": "bzip2: unpack it with bunzip2",
-    b"\xff\xfe": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "gzip; unpack it with gunzip",
+    b"PK\x03\x04": "a zip archive; unpack it with unzip",
+    b"\x28\xb5\x2f\xfd": "zstandard; unpack it with unzstd",
+    b"BZh": "bzip2; unpack it with bunzip2",
+    b"\xff\xfe": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
 }
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of text in reading order, a document each, with their numbers of characters.
+    """Files of text in reading order, one document each, with their numbers of characters.
 
-    ``sha256`` is that of the file's bytes; of several files, that of the list of theirs.
+    ``sha256`` is the hash of the file's bytes, or for several files the hash of the list of their hashes.
     """
 
     files: list[Path]
@@ -39,7 +39,7 @@ class Corpus:
     sha256: str
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[int, str]]:
-        """The characters ``first`` to ``last`` of all documents end to end, in pieces, with the documents' numbers."""
+        """The characters ``first`` to ``last`` of all documents end to end, in pieces with their document's number."""
         at = 0
         for number, (file, characters) in enumerate(zip(self.files, self.characters, strict=True)):
             if at + characters <= first or at >= last:
@@ -51,7 +51,7 @@ class Corpus:
                 at += len(text)
 
     def cut(self, train_ratio: float) -> int:
-        """The number of characters that train; those behind them validate."""
+        """The number of characters that train. Those after them validate."""
         return int(train_ratio * sum(self.characters))
 
 
@@ -62,13 +62,13 @@ def read_corpus(
     mirrors: list[str] | None = None,
     size: int | None = None,
 ) -> Corpus:
-    """Look through the documents at ``path``; without one, those at ``url`` (fetched once); else the packaged story.
+    """The documents at ``path``, else at ``url`` (fetched once), else the packaged story.
 
-    Every file is one document of UTF-8 text, kept to the byte but for a leading byte-order mark. A folder is read
-    recursively, ``*.txt`` only; files are read in the order of their names.
+    Every file is one document of UTF-8 text, unchanged except for a leading byte-order mark. Of a folder, the ``*.txt``
+    files are read, recursively and in the order of their names.
 
     Raises:
-        ValueError: nothing there, no text in it, or text that is not UTF-8.
+        ValueError: no file, no text, or text that is not UTF-8.
     """
     if path is None and url is not None:
         files = [fetch([url, *(mirrors or [])], sha256, size)]
@@ -79,7 +79,7 @@ def read_corpus(
     for file in files:
         if file.name.endswith(PREPARED):
             raise ValueError(
-                f"data.path: {file} is no plain text: python -m src.prepare source={file} output=my_shards, then "
+                f"data.path: {file} is not plain text; use python -m src.prepare source={file} output=my_shards, then "
                 f"data=shards data.path=my_shards"
             )
         digest, count = hashlib.sha256(), 0
@@ -89,14 +89,14 @@ def read_corpus(
         characters.append(count)
         digests.append(digest.hexdigest())
     if blank:
-        what = "holds nothing but white space" if any(characters) else "is empty"
-        raise ValueError(f"data.path={source} {what}: data.path=<a file, folder or glob pattern with text>")
+        what = "has only white space" if any(characters) else "is empty"
+        raise ValueError(f"data.path={source} {what}; use data.path=<a file, folder or glob pattern with text>")
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Corpus(files, characters, source, whole)
 
 
 def _decoded(file: Path, digest=None) -> Iterator[str]:
-    """The text of ``file`` in blocks, without a byte-order mark; ``digest`` sees its bytes."""
+    """The text of ``file`` in blocks, without a byte-order mark. ``digest`` is updated with its bytes."""
     try:
         with file.open("rb") as stream:
             blocks = iter(lambda: stream.read(BLOCK), b"")
@@ -106,7 +106,7 @@ def _decoded(file: Path, digest=None) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(file, error.start)) from None
     except OSError as error:
-        raise ValueError(f"data.path: cannot read {file} ({error.strerror}): data.path=<a readable file>") from None
+        raise ValueError(f"data.path: cannot read {file} ({error.strerror}); use data.path=<a readable file>") from None
 
 
 def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
@@ -132,8 +132,8 @@ def _not_utf8(file: Path, byte: int) -> str:
         beginning = stream.read(8)
     for magic, format_and_cure in OTHER_FORMATS.items():
         if beginning.startswith(magic):
-            return f"data.path: {file} is {format_and_cure}, then data.path=<the result>"
+            return f"data.path: {file} is {format_and_cure}, then use data.path=<the result>"
     return (
-        f"data.path: {file} is not UTF-8, see byte {byte}: convert it, for instance with iconv -t UTF-8, then "
-        f"data.path=<the converted file>"
+        f"data.path: {file} is not UTF-8, see byte {byte}; convert it, for instance with iconv -t UTF-8, then "
+        f"use data.path=<the converted file>"
     )

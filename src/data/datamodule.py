@@ -1,28 +1,27 @@
-"""The path of one batch: corpus, split, tokens, windows, loader."""
+"""From a text to batches: corpus, split, tokens, windows, loaders."""
 
 import signal
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import tiktoken
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from src.data.config import DataConfig
+from src.data.lengths import check_lengths
 from src.data.shard_check import ShardCheck
-from src.data.shards import ShardTokens
 from src.data.tokens import read_split
 from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset, evenly_spread
 from src.tokenizer import gpt2_tokenizer
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Schedulers signal all processes of a job; a run that is to save first still needs its workers, and stops them.
+    """Schedulers signal all processes of a job, but a run that saves first still needs its workers, and stops them.
 
-    After a minute SIGTERM counts all the same: it is also what a process sends at last to workers that hang.
+    SIGTERM ends a worker after a minute, since it is also what the run sends to workers that hang.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -34,18 +33,17 @@ def _leave_signals_to_the_run(worker: int) -> None:
 class TextDataModule(LightningDataModule):
     """Batches ``(inputs, targets)``, each ``(batch_size, context_length)`` int64, from raw text or shards of tokens.
 
-    Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows lie ``stride`` apart; those
-    of the validation split never overlap, so that each of its tokens counts once. An epoch is a whole number of
-    optimizer steps of ``accumulate`` batches. Where ``world_size`` processes train together, a batch is that of all of
-    them, ``world_size * batch_size`` windows, and the process ``rank`` has its share. All three are those of the
-    Trainer once there is one.
+    Takes the fields of :class:`~src.data.config.DataConfig` as keywords. Training windows are ``stride`` tokens apart.
+    Validation windows never overlap, so each token counts once. An epoch is a whole number of optimizer steps of
+    ``accumulate`` batches. With a ``world_size`` above 1, a batch of all processes has ``world_size * batch_size``
+    windows, of which the process ``rank`` gets its share. A Trainer's values replace these three.
 
-    Every evaluation scores the same windows: those of the whole validation split, or ``eval_tokens`` tokens of them
-    spread over it, and as many of the training split; with ``eval_batches``, so many batches of either.
+    Every evaluation scores the same windows: all validation windows and as many training windows, or at most
+    ``eval_tokens`` tokens of each split, spread over it, or ``eval_batches`` batches of each split.
 
     Raises:
-        ValueError: an impossible setting; on ``setup``, a text or shards that cannot be read or are too short; while
-            it trains, or at the end of that, shards that are not what their manifest says.
+        ValueError: an impossible setting; in ``setup``, a text or shards that cannot be read or are too short; during
+            training or at its end, shards that differ from their manifest.
     """
 
     def __init__(
@@ -70,12 +68,12 @@ class TextDataModule(LightningDataModule):
         self.train_windows: SlidingWindowDataset | None = None
         self.val_windows: SlidingWindowDataset | None = None
         self._sampler: SeededSampler | None = None
-        self._resumed = (0, 0)
+        self._start = (0, 0)  # epoch, and windows of it that are already trained on
         self._shard_check = ShardCheck([])
 
     def prepare_data(self) -> None:
         if self.config.path is None and self.config.url is not None:
-            self.setup()  # one process fetches, the others find it in the cache
+            self.setup()  # one process downloads, the others find the file in the cache
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:
@@ -84,7 +82,7 @@ class TextDataModule(LightningDataModule):
         if self.train_windows is not None:
             return
         train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
-        self._check(train, val)
+        check_lengths(self.config, len(train), len(val), self.accumulate, self.world_size)
         if self.config.format == "shards" and self.rank == 0:
             self._shard_check = ShardCheck([*train.paths, *val.paths])
         context_length = self.config.context_length
@@ -107,14 +105,14 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         self._shard_check.start()
-        self._sampler = self._order()
-        self._sampler.resume_at(*self._resumed)
+        self._sampler = self._order(*self._start)
         share = RankSampler(self._sampler, self.config.batch_size, self.rank, self.world_size)
         return self._loader(self.train_windows, sampler=share)
 
-    def _order(self) -> SeededSampler:
+    def _order(self, epoch: int, windows: int) -> SeededSampler:
+        """The order of training, from ``epoch`` on without its first ``windows``."""
         config = self.config
-        return SeededSampler(len(self.train_windows), config.shuffle, config.seed, self.step_windows)
+        return SeededSampler(len(self.train_windows), config.shuffle, config.seed, self.step_windows, epoch, windows)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self._shard_check.check()
@@ -125,14 +123,14 @@ class TextDataModule(LightningDataModule):
             self._shard_check.finish()
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Loaders of the validation split and of the training split."""
+        """Loaders of the evaluated windows of the validation split and of the training split."""
         return [
             self._loader(RankWindows(Subset(windows, chosen), self.config.batch_size, self.rank, self.world_size))
             for windows, chosen in zip((self.val_windows, self.train_windows), self.eval_windows(), strict=True)
         ]
 
     def eval_windows(self) -> tuple[Sequence[int], Sequence[int]]:
-        """Which windows of the validation split and of the training split every evaluation scores."""
+        """The indices of the validation windows and of the training windows that every evaluation scores."""
         counts = len(self.val_windows), len(self.train_windows)
         if self.eval_batches is not None:
             return tuple(evenly_spread(count, self.eval_batches * self.batch_windows) for count in counts)
@@ -141,11 +139,11 @@ class TextDataModule(LightningDataModule):
         return val, evenly_spread(counts[1], len(val))
 
     def limit_evaluation(self, tokens: int) -> None:
-        """Let every evaluation score at most ``tokens`` tokens of each split."""
+        """Score at most ``tokens`` tokens of each split in every evaluation."""
         self.eval_tokens = tokens
 
     def state_dict(self) -> dict[str, int]:
-        """How far training has come in the data: the epoch and the batches of it already trained on."""
+        """The position in the data: the epoch and the batches of it already trained on."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if batches >= self.trainer.num_training_batches:
             return {"epoch": self._sampler.epoch + 1, "batches": 0, "batch_windows": self.batch_windows}
@@ -153,10 +151,10 @@ class TextDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         windows = state_dict.get("batch_windows", self.batch_windows)
-        self._resumed = (state_dict["epoch"], state_dict["batches"] * windows)
+        self._start = (state_dict["epoch"], state_dict["batches"] * windows)
 
     def fixed_values(self) -> dict[str, Any]:
-        """What the order and the meaning of the batches depend on, by the names of the overrides."""
+        """The settings that a resumed run may not change, since its batches depend on them, by override."""
         config = self.config
         keys = ["batch_size", "train_ratio", "shuffle", *(["special_tokens"] if config.format == "text" else [])]
         values = {key: getattr(config, key) for key in keys}
@@ -169,13 +167,12 @@ class TextDataModule(LightningDataModule):
         }
 
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
-        """Where in the training tokens each window of a batch starts."""
-        order = self._order()
-        order.resume_at(epoch, batch * self.batch_windows)
+        """The place in the training tokens where each window of a batch starts."""
+        order = self._order(epoch, batch * self.batch_windows)
         return [self.train_windows.stride * index for index in islice(order, self.batch_windows)]
 
     def summary(self) -> dict[str, str]:
-        """Windows and tokens of each split, and what of them is evaluated, for the start card."""
+        """Windows and tokens of each split, and how many of them are evaluated, for the start card."""
         splits = {"val": self.val_windows, "train": self.train_windows}
         length, scored = self.config.context_length, []
         for (name, windows), chosen in zip(splits.items(), self.eval_windows(), strict=True):
@@ -189,36 +186,6 @@ class TextDataModule(LightningDataModule):
             "val": f"{len(self.val_windows):,} windows, {len(self.val_windows.tokens):,} tokens",
             "evaluation": " and ".join(scored),
         }
-
-    def _check(self, train: np.ndarray | ShardTokens, val: np.ndarray | ShardTokens) -> None:
-        context_length, source = self.config.context_length, self.config.source
-        short = [
-            (name, len(part))
-            for name, part in (("training", train), ("validation", val))
-            if len(part) <= context_length
-        ]
-        if short:
-            fits = min(len(train), len(val)) - 1
-            cure = f"model.context_length={fits} or more text" if fits >= 1 else "more text"
-            have = " and ".join(f"{count} {name} tokens" for name, count in short)
-            raise ValueError(
-                f"data.path={source} has {have}; one window needs context_length + 1 = {context_length + 1}: {cure}"
-            )
-        windows = len(SlidingWindowDataset(train, context_length, self.config.stride or context_length))
-        if windows < self.step_windows:
-            parts = {"data.batch_size": self.config.batch_size, "trainer.accumulate_grad_batches": self.accumulate}
-            asked = " ".join(f"{key}={value}" for key, value in parts.items() if value > 1)
-            asked += f" on {self.world_size} devices" if self.world_size > 1 else ""
-            if fits := windows // self.batch_windows:
-                cure = f"trainer.accumulate_grad_batches={fits}"
-            elif fits := windows // self.world_size:
-                cure = f"data.batch_size={fits}" + " trainer.accumulate_grad_batches=1" * (self.accumulate > 1)
-            else:
-                cure = f"trainer.devices={windows}"
-            raise ValueError(
-                f"{asked} is more than the {windows} training windows of data.path={source}: "
-                f"{cure}, a smaller data.stride or more text"
-            )
 
     def _loader(self, dataset, **options) -> DataLoader:
         return DataLoader(

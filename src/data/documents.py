@@ -1,4 +1,4 @@
-"""Documents out of files that are read as streams: text, JSON lines and parquet, also packed with gzip or zstandard."""
+"""Documents in text files, JSON lines and parquet, also compressed with gzip or zstandard, read as streams."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import gzip
 import importlib.util
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from src.data.compressed import blocks_of
 from src.data.corpus import BLOCK, decoded
 from src.data.files import find_files
+from src.data.progress import Progress
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
 NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
 ROWS = 64  # of a parquet file, decoded at a time
-PACKED_BLOCK = 2**10  # bytes of zstandard unpacked at a time: four of them can stand for 128 KiB
 LINE = 2**25  # bytes of a line of JSON at most, which is held in memory as a whole, several times over
-
-Progress = Callable[[float], None]  # takes the number of bytes of the file that were read
 
 
 def find_sources(paths: list[str]) -> list[Path]:
-    """The files at ``paths`` (files, folders or glob patterns), in that order, those of one path by name.
+    """The files at ``paths`` (files, folders or glob patterns): in the order of the paths, then by name.
 
     Raises:
-        ValueError: the problems of all of them: nothing there, empty, of another format, a package that is missing.
+        ValueError: one line per problem: no files, empty files, another format, a missing package.
     """
     files, found = [], []
     for path in paths:
@@ -37,14 +36,14 @@ def find_sources(paths: list[str]) -> list[Path]:
             found.append(str(error))
     for file in files:
         if not file.name.endswith(ENDINGS):
-            found.append(f"source: {file} is none of {', '.join(FORMATS)} (.gz, .zst): source=<such files>")
+            found.append(f"source: {file} is none of {', '.join(FORMATS)} (.gz, .zst); use source=<such files>")
         elif file.suffix in (".gz", ".zst") and file.stem.endswith(".parquet"):
-            found.append(f"source: {file} is parquet, which packs its own columns: unpack it, then source={file.stem}")
+            found.append(f"source: {file} is compressed parquet; unpack it, then use source={file.stem}")
     if files and not found and not any(file.stat().st_size for file in files):
-        found.append(f"source={','.join(paths)} is empty: source=<files with text>")
+        found.append(f"source={','.join(paths)} is empty; use source=<files with text>")
     for ending, package in NEEDS.items():
         if any(file.suffix == ending for file in files) and importlib.util.find_spec(package) is None:
-            found.append(f'source: {ending} files need {package}: pip install -e ".[data]"')
+            found.append(f'source: {ending} files need {package}; use pip install -e ".[data]"')
     if found:
         raise ValueError("\n".join(found))
     return files
@@ -53,14 +52,14 @@ def find_sources(paths: list[str]) -> list[Path]:
 def read_documents(
     file: Path, text_key: str = "text", first: int = 0, progress: Progress = lambda size: None
 ) -> Iterator[tuple[int, Iterable[str] | None]]:
-    """The documents of ``file`` from record ``first`` on, each with the number of its record and its text in pieces, or
-    None where it is null.
+    """The documents of ``file`` from record ``first`` on: the number of each record, and its text in pieces or None if
+    it is null. ``progress`` takes the bytes of the file as they are read.
 
-    The whole of a ``.txt`` file is one record; a line of ``.jsonl`` and a row of ``.parquet`` are one each, with the
-    text under ``text_key``. Lines of white space are no records.
+    A ``.txt`` file is one record. Each line of ``.jsonl`` and each row of ``.parquet`` is a record with the text under
+    ``text_key``. Blank lines are skipped.
 
     Raises:
-        ValueError: a file that is damaged, or holds something else; it names the line.
+        ValueError: a file that is damaged or holds something else, with the line.
     """
     form = Path(file.stem if file.suffix in (".gz", ".zst") else file.name).suffix
     with _explained(file):
@@ -86,53 +85,17 @@ def _explained(file: Path) -> Iterator[None]:
 
 def _whole(file: Path, progress: Progress) -> Iterator[str]:
     with _explained(file):
-        yield from decoded(_blocks(file, progress))
+        yield from decoded(blocks_of(file, progress))
 
 
 def _bad(file: Path, what: str, cure: str) -> ValueError:
-    return ValueError(f"source: {file} {what}: {cure}")
-
-
-def _blocks(file: Path, progress: Progress) -> Iterator[bytes]:
-    """What ``file`` holds, unpacked."""
-    with file.open("rb") as packed:
-        if file.suffix == ".zst":
-            blocks = _unpacked_zstandard(iter(lambda: packed.read(PACKED_BLOCK), b""))
-        else:
-            stream = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
-            blocks = iter(lambda: stream.read(BLOCK), b"")
-        before = 0
-        for block in blocks:
-            yield block
-            progress(packed.tell() - before)
-            before = packed.tell()
-
-
-def _unpacked_zstandard(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    frame, unpacked = None, bytearray()
-    try:
-        for block in blocks:
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                unpacked += frame.decompress(block)
-                block = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-            while len(unpacked) >= BLOCK:
-                yield bytes(unpacked[:BLOCK])
-                del unpacked[:BLOCK]
-    except zstandard.ZstdError as error:
-        raise zlib.error(str(error)) from None
-    if frame is not None:  # zstandard itself keeps silent
-        raise EOFError("it ends in the middle of a frame")
-    yield bytes(unpacked)
+    return ValueError(f"source: {file} {what}; use {cure}")
 
 
 def _lines(file: Path, progress: Progress) -> Iterator[bytes]:
     begun = bytearray()
     number = 1
-    for block in _blocks(file, progress):
+    for block in blocks_of(file, progress):
         *ends, rest = block.split(b"\n")
         for end in ends:
             yield b"".join((begun, end))
@@ -153,12 +116,12 @@ def _json_lines(file: Path, text_key: str, first: int, progress: Progress) -> It
         try:
             record = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
         except UnicodeDecodeError as error:
-            raise _bad(file, f"{where} is not UTF-8, see its byte {error.start:,}", "source=<a mended file>") from None
+            raise _bad(file, f"{where} is not UTF-8, see its byte {error.start:,}", "source=<a UTF-8 file>") from None
         except (ValueError, RecursionError) as error:
             what = str(error).split(":")[0]
-            raise _bad(file, f"{where} is no JSON ({what})", "source=<a mended file>") from None
+            raise _bad(file, f"{where} is not JSON ({what})", "source=<a valid file>") from None
         if not isinstance(record, dict):
-            raise _bad(file, f"{where} is no JSON object", 'source=<lines of {"text": ...}>')
+            raise _bad(file, f"{where} is not a JSON object", 'source=<lines of {"text": ...}>')
         if text_key not in record:
             keys = ", ".join(map(str, list(record)[:8]))
             raise _bad(file, f"{where} has no key {text_key} (it has: {keys})", "text_key=<one of these>")
@@ -190,18 +153,18 @@ def _rows(file: Path, text_key: str, first: int, progress: Progress) -> Iterator
                     progress(size * len(batch))
     except (pyarrow.ArrowException, OSError) as error:
         what = str(error).splitlines()[0][:150]
-        raise _bad(file, f"is no parquet that can be read ({what})", "source=<a whole file>") from None
+        raise _bad(file, f"cannot be read as parquet ({what})", "source=<a whole file>") from None
 
 
 def _python(value, file: Path, where: str):
     try:
         return value.as_py()
     except UnicodeDecodeError:
-        raise _bad(file, f"{where} is not UTF-8", "source=<a mended file>") from None
+        raise _bad(file, f"{where} is not UTF-8", "source=<a UTF-8 file>") from None
 
 
 def _text(value, file: Path, where: str, text_key: str) -> list[str] | None:
     if not isinstance(value, str | None):
         raise _bad(file, f"{where} has no text under {text_key}, but {json.dumps(value, default=repr)[:40]}",
-                   "text_key=<another>, or source=<a mended file>")  # fmt: skip
+                   "text_key=<another>, or source=<another file>")  # fmt: skip
     return None if value is None else [value]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
-    """The file, or the files that a glob pattern names, or those in a folder with one of ``endings``, in order.
+    """The file at ``path``, the files that it matches as a glob pattern, or the files in it with one of ``endings`` if
+    it is a folder, sorted.
 
-    Links to folders are followed. What can be reached in several ways is one file, under its own name if it has one
-    there.
+    Links to folders are followed. A file that can be reached in several ways is found once, under its own name if
+    possible.
 
     Raises:
-        ValueError: none; ``key`` is the override to blame.
+        ValueError: no file, or one that cannot be read. The message blames the override ``key``.
     """
     place = Path(path).expanduser()
     try:
@@ -23,18 +24,20 @@ def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
             files = _once(file for file in found if file.name.endswith(endings))
             if not files:
                 kinds = " or ".join(endings)
-                raise ValueError(f"{key}={path} is a folder without a {kinds} file: {key}='{path}/**/*.<ending>'")
+                raise ValueError(f"{key}={path} is a folder without a {kinds} file; use {key}='{path}/**/*.<ending>'")
             return files
         if place.exists():
             if not place.is_file():
-                raise ValueError(f"{key}={path} is a device or a pipe: {key}=<a file, folder or glob>")
+                raise ValueError(f"{key}={path} is a device or a pipe; use {key}=<a file, folder or glob>")
             return [place]
         files = _once(_matches(str(place)))
     except OSError as error:
         what = error.filename or path
-        raise ValueError(f"{key}={path} cannot be read ({what}: {error.strerror}): {key}=<readable files>") from None
+        raise ValueError(
+            f"{key}={path} cannot be read ({what}: {error.strerror}); use {key}=<readable files>"
+        ) from None
     if not files:
-        raise ValueError(f"{key}={path} does not exist (seen from {Path.cwd()}): {key}=<file, folder or glob>")
+        raise ValueError(f"{key}={path} does not exist (seen from {Path.cwd()}); use {key}=<file, folder or glob>")
     return files
 
 
@@ -50,7 +53,7 @@ def _linked(path: Path) -> bool:
 
 
 def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """``top`` and the folders in it with the names of their files; each once, and through links last."""
+    """``top`` and the folders in it with the names of their files, each once, those reached through links last."""
     seen, tops = set(), [str(top)]
     while tops:
         links = []
@@ -70,7 +73,7 @@ def _raise(error: OSError) -> None:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    """What ``pattern`` matches, as :func:`glob.glob` has it, which would follow a link that leads back up for ever."""
+    """The matches of ``pattern``. :func:`glob.glob` alone would follow a link to a parent folder endlessly."""
     parts = Path(pattern).parts
     if "**" not in parts:
         yield from map(Path, glob.glob(pattern))

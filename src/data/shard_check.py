@@ -1,29 +1,26 @@
-"""Whether prepared shards still are what they were when they were made, found out while a run trains on them."""
+"""Detects damaged shards by their SHA-256, in the background while a run trains on them."""
 
-import hashlib
 import json
 import logging
 import os
 import sys
 import threading
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from src.data.download import CACHE_NAME
-from src.data.shards import MANIFEST, read_manifest
+from src.data.download import user_cache
+from src.data.lock import locked
+from src.data.shards import MANIFEST, read_manifest, sha256_of
+from src.files import read_json, replacing
 
 log = logging.getLogger(__name__)
-
-BLOCK = 2**20  # bytes read at a time
-VERIFIED = "verified_shards.json"
 
 
 class ShardCheck:
     """Compares the SHA-256 of ``files`` with those in the manifests beside them, in a thread of the lowest priority.
 
-    Files that no manifest names are left alone. A file is read once, and again when it has changed: which are verified
-    is kept in the user's cache.
+    Files that are in no manifest are not checked. A file is read once, and again when it has changed: the user's cache
+    records which files are verified.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -36,7 +33,7 @@ class ShardCheck:
             self._thread.start()
 
     def check(self) -> None:
-        """Raise what has been found so far.
+        """Raise the error that has been found so far, if any.
 
         Raises:
             ValueError: a shard that is not what its manifest says, or cannot be read.
@@ -47,7 +44,7 @@ class ShardCheck:
     def finish(self) -> None:
         """Wait until every file is read, then :meth:`check`."""
         if self._thread.is_alive():
-            log.info("comparing the shards with their %s, once after each change", MANIFEST)
+            log.info("waiting until the shards are compared with their %s, once after each change", MANIFEST)
         if self._thread.ident is not None:
             self._thread.join()
         self.check()
@@ -61,7 +58,9 @@ class ShardCheck:
                 if expected := manifests[file.parent].get(file.name):
                     _verify(file, expected)
         except OSError as error:
-            self._error = ValueError(f"data.path: cannot read {error.filename} ({error.strerror}): data.path=<shards>")
+            self._error = ValueError(
+                f"data.path: cannot read {error.filename} ({error.strerror}); use data.path=<readable shards>"
+            )
         except Exception as error:
             self._error = error
 
@@ -71,49 +70,33 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _verify(file: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        state = [expected, *_state(stream.fileno())]
-        if _verified().get(os.path.realpath(file)) == state:
-            return
-        while block := stream.read(BLOCK):
-            digest.update(block)
-        if digest.hexdigest() != expected:
-            raise ValueError(
-                f"data.path: {file} is damaged, its SHA-256 is not the one in {MANIFEST}: make the shards again with "
-                f"python -m src.prepare, or data.path=<a good copy>"
-            )
-        if state[1:] == _state(stream.fileno()):
-            _remember(os.path.realpath(file), state)
+    state = [expected, *_state(file)]
+    path = os.path.realpath(file)
+    if read_json(_verified()).get(path) == state:
+        return
+    if sha256_of(file) != expected:
+        raise ValueError(
+            f"data.path: {file} is damaged, its SHA-256 is not the one in {MANIFEST}; make the shards again with "
+            f"python -m src.prepare, or use data.path=<a good copy>"
+        )
+    if state[1:] == _state(file):
+        _remember(path, state)
 
 
-def _state(descriptor: int) -> list[int]:
-    stat = os.fstat(descriptor)
+def _state(file: Path) -> list[int]:
+    stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _cache() -> Path:
-    import pooch
-
-    return Path(pooch.os_cache(CACHE_NAME)) / VERIFIED
-
-
-def _verified() -> dict[str, list]:
-    try:
-        known = json.loads(_cache().read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+def _verified() -> Path:
+    """A JSON object of paths and the SHA-256 and state that their files had when they were verified."""
+    return user_cache() / "verified_shards.json"
 
 
 def _remember(path: str, state: list) -> None:
-    known = {other: state for other, state in _verified().items() if os.path.exists(other)}
-    cache = _cache()
-    part = cache.with_name(f"{VERIFIED}.{uuid.uuid4().hex}.part")
-    with suppress(OSError):  # then it is read again next time
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(known | {path: state}))
-            part.replace(cache)
-        finally:
-            part.unlink(missing_ok=True)
+    known = _verified()
+    with suppress(OSError, NotImplementedError):  # no locks on this disk, for instance; then it is read again next time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with locked(known.with_suffix(".lock"), "records verified shards"), replacing(known) as part:
+            others = {other: state for other, state in read_json(known).items() if os.path.exists(other)}
+            part.write_text(json.dumps(others | {path: state}))

@@ -1,4 +1,4 @@
-"""Shards on disk that are filled one after another, and can be gone on with after a kill."""
+"""Shards on disk that are filled one after another. Writing resumes after a kill."""
 
 import hashlib
 import json
@@ -6,50 +6,52 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import tiktoken
 
+from src.data.pipeline import START, Chunk
 from src.data.shards import HEADER, MANIFEST, header
+from src.files import replacing
+from src.tokenizer import fingerprint
 
-START = (0, 0, 0)
 BLOCK = 2**20  # tokens copied at a time
+SAVE_EVERY = 5.0  # seconds of work that a kill may cost
+COUNTS = {"tokens": 0, "documents": 0, "characters": 0, "skipped": 0}  # of the text before the manifest's ``end``
 
 
-class Chunk(NamedTuple):
-    """Text to tokenise, ``None`` where a document begins, and the place behind it: number of the file, number of the
-    record in it, characters of that record; and how many records before that were null."""
-
-    pieces: list[str | None]
-    end: tuple[int, int, int]
-    skipped: int = 0
-
-
-def nothing() -> dict[str, int]:
-    """What the manifest counts, of the text up to its ``end``."""
-    return {"tokens": 0, "documents": 0, "characters": 0, "skipped": 0}
+def new_manifest(settings: dict[str, Any], tokenizer: tiktoken.Encoding, sources: list[dict]) -> dict[str, Any]:
+    """The manifest of shards of which nothing is written yet."""
+    about = {"settings": settings, "tokenizer": fingerprint(tokenizer), "sources": sources}
+    return {"complete": False, **about, "shards": [], "part": 0, "end": list(START), **COUNTS}
 
 
 class ShardWriter:
-    """Fills one shard after another in ``folder``, and notes in the manifest how far it has come.
+    """Fills one shard after another in ``folder`` and records in the manifest how far it has come.
 
-    A shard is a ``.part`` until it is full. The manifest says what of it is on disk for sure; whoever goes on cuts it
-    there.
+    A shard is a ``.part`` until it is full. The manifest counts the tokens of it that are surely on disk; a writer that
+    resumes truncates it there.
 
-    Where ``val_tokens`` is None, the first shard is kept ``undivided`` to the end, when the number of tokens is known:
-    then its first part, a tenth of all tokens, becomes the validation shard, and its rest trains.
+    With a ``role`` (``train`` or ``val``), all shards have it. Without one, the first shard validates and has
+    ``val_tokens`` tokens. If ``val_tokens`` is 0, there is no such shard. If it is None, the first shard is kept
+    ``undivided`` until the number of tokens is known. Then a tenth of all tokens, from its beginning, becomes the
+    validation shard, and its rest trains.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], save_every: float):
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], save_every: float = SAVE_EVERY, role: str | None = None
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.role = role
         self.name = manifest["settings"]["name"]
         self.save_every = save_every
+        self.counts = {key: manifest[key] for key in COUNTS}
         self._file = None
-        self._counts = {key: manifest[key] for key in nothing()}
         self._undivided = folder / f"{self.name}_000000.undivided"
         if manifest["complete"]:
-            self._undivided.unlink(missing_ok=True)  # the last that is done
+            self._undivided.unlink(missing_ok=True)  # a writer was killed before its last act
             return
         self._write_manifest()
         self.end = tuple(manifest["end"])
@@ -61,50 +63,35 @@ class ShardWriter:
         """Write the ``tokens`` of each piece of ``chunk``."""
         shards = len(self.manifest["shards"])
         whole = np.concatenate([np.empty(0, dtype=np.uint16), *tokens])
-        counts = len(whole), chunk.pieces.count(None), sum(len(piece) for piece in chunk.pieces if piece), chunk.skipped
+        counts = len(whole), chunk.pieces.count(None), chunk.characters, chunk.skipped
         while (room := self._limit() - self.part) <= len(whole):
             self._write(whole[:room])
             whole = whole[room:]
             self._close()
             self._open(self._next())
         self._write(whole)
-        for key, count in zip(nothing(), counts, strict=True):
-            self._counts[key] += count
+        for key, count in zip(COUNTS, counts, strict=True):
+            self.counts[key] += count
         if len(self.manifest["shards"]) > shards or time.monotonic() - self._saved >= self.save_every:
             self._save(chunk.end)
 
     def finish(self) -> None:
-        """Close the last shard and declare the whole complete.
-
-        Raises:
-            ValueError: nothing to train on.
-        """
+        """Close the last shard and declare all of them complete."""
         if self.part:
             self._close()
         else:
             self.close()
             self.path.unlink()
-        settings, tokens, skipped = self.manifest["settings"], self._counts["tokens"], self._counts["skipped"]
-        undivided = settings["val_tokens"] is None
-        if tokens < 2 if undivided else len(self.manifest["shards"]) <= (settings["val_tokens"] > 0):
-            self.discard()
-            if tokens and not undivided:
-                val = f"val_tokens={settings['val_tokens']}"
-                raise ValueError(
-                    f"{val} leaves nothing of the {tokens:,} tokens for training: val_tokens={tokens // 10}"
-                )
-            what = f"only {tokens:,} token" if tokens else "no document"
-            nulls = f" ({skipped:,} null)" if skipped else ""
-            raise ValueError(f"source holds {what}{nulls}: source=<files with more text>, or text_key=<another>")
-        if undivided:
-            self._divide(min(settings["shard_tokens"], max(tokens // 10, 1)))
+        settings = self.manifest["settings"]
+        if settings["val_tokens"] is None:
+            self._divide(min(settings["shard_tokens"], max(self.counts["tokens"] // 10, 1)))
         del self.manifest["part"], self.manifest["end"]
-        self.manifest |= {"complete": True, **self._counts}
+        self.manifest |= {"complete": True, **self.counts}
         self._write_manifest()
         self._undivided.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Leave nothing behind, as if it had never begun."""
+        """Remove everything that was written."""
         self.close()
         self.manifest["shards"] = []
         self._remove_unnamed()
@@ -117,9 +104,9 @@ class ShardWriter:
 
     def _limit(self) -> int:
         settings = self.manifest["settings"]
-        return settings["val_tokens"] if self._validates() else settings["shard_tokens"]
+        return settings["val_tokens"] if self._is_first_of_two_roles() else settings["shard_tokens"]
 
-    def _validates(self) -> bool:
+    def _is_first_of_two_roles(self) -> bool:
         return not self.manifest["shards"] and bool(self.manifest["settings"]["val_tokens"])
 
     def _next(self) -> str:
@@ -127,10 +114,11 @@ class ShardWriter:
         number = len(self.manifest["shards"])
         if not number and self.manifest["settings"]["val_tokens"] is None:
             return self._undivided.name
-        return f"{self.name}_{'val' if self._validates() else 'train'}_{number:06d}.bin"
+        role = self.role or ("val" if self._is_first_of_two_roles() else "train")
+        return f"{self.name}_{role}_{number:06d}.bin"
 
     def _open(self, name: str, tokens: int = 0) -> None:
-        """Begin a shard, or go on behind its first ``tokens``: it may have been full when that was noted nowhere."""
+        """Begin a shard, or continue it after its first ``tokens``. It may be full already without a record of it."""
         self.shard = self.folder / name
         self.path = self.folder / f"{name}.part"
         self.part = tokens
@@ -139,7 +127,7 @@ class ShardWriter:
         known = HEADER + 2 * tokens
         self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         if self._file.seek(0, os.SEEK_END) < known and tokens:
-            raise ValueError(f"output={self.folder} has lost a part of {self.path.name}: output=<a new folder>")
+            raise ValueError(f"output={self.folder} has lost a part of {self.path.name}; use output=<a new folder>")
         self._file.truncate(known)
         self._file.seek(known)
 
@@ -161,7 +149,7 @@ class ShardWriter:
     def _divide(self, val_tokens: int) -> None:
         """Copy the first shard into one that validates and, unless that is all of it, one that trains.
 
-        Until the manifest is written nothing has changed: after a kill the copies are made anew.
+        Nothing has changed until the manifest is written: after a kill the copies are made again.
         """
         undivided, *others = self.manifest["shards"]
         self.manifest["shards"] = []
@@ -175,7 +163,7 @@ class ShardWriter:
         self.manifest["shards"] += others
 
     def _remove_unnamed(self, *needed: Path) -> None:
-        """Remove the shards that the manifest does not name: what a killed process began after it last took notes."""
+        """Remove shards that the manifest does not name, which a killed process began after its last save."""
         kept = {self.folder / shard["file"] for shard in self.manifest["shards"]} | set(needed)
         ours = re.compile(re.escape(self.name) + r"_((val|train)_\d{6,}\.bin|000000\.undivided)(\.part)?")
         for file in list(self.folder.iterdir()):
@@ -188,20 +176,11 @@ class ShardWriter:
 
     def _save(self, end: tuple[int, int, int]) -> None:
         self._flush()
-        self.manifest |= {"part": self.part, "end": list(end), **self._counts}
+        self.manifest |= {"part": self.part, "end": list(end), **self.counts}
         self._write_manifest()
         self.end = end
         self._saved = time.monotonic()
 
     def _write_manifest(self) -> None:
-        path = self.folder / MANIFEST
-        part = path.with_name(f".{MANIFEST}.part")
-        with part.open("w") as file:
-            json.dump(self.manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        with replacing(self.folder / MANIFEST, durable=True) as part:
+            part.write_text(json.dumps(self.manifest, indent=2))

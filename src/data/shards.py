@@ -29,11 +29,14 @@ def header(tokens: int) -> bytes:
 
 
 class ShardTokens:
-    """The tokens ``first`` to ``last`` of several shards end to end: has a length, and gives uint16 arrays as slices,
-    across borders too.
+    """The tokens ``first`` to ``last`` of several shards end to end. It has a length, and its slices are uint16 arrays,
+    across shards too.
 
     ``counts`` are the shards and their numbers of tokens. A shard is mapped when it is first needed, and a slice is
-    checked when it is taken, so neither the number of tokens nor that of shards costs time or memory beforehand.
+    checked when it is taken, so neither the number of tokens nor of shards costs time or memory beforehand.
+
+    Raises:
+        ValueError: for a slice with an id that the tokenizer does not have.
     """
 
     def __init__(self, counts: list[tuple[Path, int]], vocab_size: int, first: int = 0, last: int | None = None):
@@ -48,7 +51,7 @@ class ShardTokens:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         first, last, step = where.indices(len(self))
-        assert step == 1, "neighbouring tokens only"
+        assert step == 1, "slices have no step"
         first, last = first + self.first, last + self.first
         number = int(np.searchsorted(self.starts, first, side="right")) - 1
         parts = []
@@ -59,7 +62,7 @@ class ShardTokens:
                 at = int(np.argmax(part >= self.vocab_size))
                 raise ValueError(
                     f"data.path: token {first - start + at:,} of {self.paths[number]} is {part[at]}, the tokenizer has "
-                    f"only {self.vocab_size:,}: data.path=<shards of GPT-2 tokens>"
+                    f"only {self.vocab_size:,}; use data.path=<shards of GPT-2 tokens>"
                 )
             parts.append(part)
             first, number = first + len(part), number + 1
@@ -73,15 +76,15 @@ def _mapped(path: Path, tokens: int) -> np.ndarray:
 
 def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> tuple[ShardTokens, ShardTokens, str]:
     """Training and validation tokens of the shards at ``path`` (a folder with ``.bin`` files, a file, or a glob
-    pattern), and a hash that tells them from others.
+    pattern), and a hash that identifies them.
 
-    Shards with ``val`` in their names validate and the rest trains; where none has, the first ``train_ratio`` of the
-    tokens train; with 1, all of them do. Only headers and ends of the files are read; the hash covers these, the sizes,
-    and the hashes in the manifest, where there is one.
+    Shards with ``val`` in their names validate and the others train. If there are none, the first ``train_ratio`` of
+    the tokens train. With a ``train_ratio`` of 1, all tokens train. Only headers and ends of the files are read. The
+    hash covers these, the sizes, and the hashes in the manifest if there is one.
 
     Raises:
-        ValueError: nothing there; a file that is no whole shard; shards that are still being made, or come from
-            another tokenizer.
+        ValueError: no files; a file that is not a whole shard; shards that are still being made, or come from another
+            tokenizer.
     """
     files = find_files(path, "data.path", (".bin",))
     manifests = {folder: _manifest(folder, tokenizer) for folder in sorted({file.parent for file in files})}
@@ -92,7 +95,9 @@ def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> 
         digest.update(f"{validates}{manifests[file.parent].get(file.name)}".encode())
         (val if validates else train).append((file, _count(file, digest)))
     if not train:
-        raise ValueError(f"data.path={path} has no shard that trains, only {val[0][0].name}: data.path=<their folder>")
+        raise ValueError(
+            f"data.path={path} has no training shard, only {val[0][0].name}; use data.path=<a folder with both>"
+        )
     if val:
         return *(ShardTokens(part, tokenizer.n_vocab) for part in (train, val)), digest.hexdigest()
     cut = int(train_ratio * sum(tokens for _, tokens in train))
@@ -101,7 +106,7 @@ def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> 
 
 
 def _validates(file: Path) -> bool:
-    """By the last word of the name that says so: ``fineweb_val_000000.bin``, ``val_set_train_000001.bin``."""
+    """The last role in the name counts: ``fineweb_val_000000.bin`` validates, ``val_set_train_000001.bin`` trains."""
     roles = re.findall(r"(?<![a-z])(train|val|validation)(?![a-z])", file.name.lower())
     return bool(roles) and roles[-1] != "train"
 
@@ -115,25 +120,32 @@ def _count(file: Path, digest) -> int:
             stream.seek(max(size - EDGE, 0))
             digest.update(b"%d" % size + beginning + stream.read(EDGE))
     except OSError as error:
-        raise ValueError(f"data.path: cannot read {file} ({error.strerror}): data.path=<readable shards>") from None
+        raise ValueError(f"data.path: cannot read {file} ({error.strerror}); use data.path=<readable shards>") from None
     if len(beginning) < HEADER:
-        raise ValueError(f"data.path: {file} has {size} bytes, no header of {HEADER}: data.path=<whole shards>")
+        raise ValueError(
+            f"data.path: {file} has {size} bytes, less than a header of {HEADER}; use data.path=<whole shards>"
+        )
     magic, version, tokens = map(int, np.frombuffer(beginning, dtype="<i4", count=3))
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError(
-            f"data.path: {file} begins with {magic}, {version}, a shard of GPT-2 tokens with {MAGIC}, {VERSION}: "
-            f"data.path=<shards in the format of llm.c>"
+            f"data.path: {file} begins with {magic}, {version}, not with {MAGIC}, {VERSION}; "
+            f"use data.path=<shards in the format of llm.c>"
         )
     if tokens < 1 or size != HEADER + 2 * tokens:
         raise ValueError(
-            f"data.path: {file} says that it holds {tokens:,} tokens, but its size is that of {(size - HEADER) / 2:,}: "
-            f"data.path=<whole shards>"
+            f"data.path: {file} has {tokens:,} tokens by its header and {(size - HEADER) / 2:,} by its size; "
+            f"use data.path=<whole shards>"
         )
     return tokens
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder: Path) -> dict | None:
-    """What ``python -m src.prepare`` noted in ``folder``; None where it did not, {} where that cannot be read."""
+    """The manifest of the shards in ``folder``: None if there is none, {} if it cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if isinstance(manifest, dict) and {"complete", "tokenizer", "shards"} <= set(manifest):
@@ -148,13 +160,13 @@ def read_manifest(folder: Path) -> dict | None:
 def _manifest(folder: Path, tokenizer: tiktoken.Encoding) -> dict[str, str]:
     """The hashes of the shards in ``folder`` by their names."""
     manifest = read_manifest(folder)
-    if not manifest:  # others' shards, in which only what is in each file counts
+    if not manifest:  # shards made by another program
         return {}
     if not manifest["complete"]:
         raise ValueError(
-            f"data.path: the shards in {folder} are not finished: run the command that makes them again, python -m "
-            f"src.prepare output={folder} ..."
+            f"data.path: the shards in {folder} are not complete; repeat the command that makes them, "
+            f"python -m src.prepare output={folder} ..."
         )
     if manifest["tokenizer"] != fingerprint(tokenizer):
-        raise ValueError(f"data.path: {folder} comes from another tokenizer: data.path=<shards of this one>")
+        raise ValueError(f"data.path: {folder} comes from another tokenizer; use data.path=<shards of this one>")
     return {shard["file"]: shard["sha256"] for shard in manifest["shards"]}

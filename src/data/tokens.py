@@ -1,36 +1,39 @@
-"""A corpus as two arrays of token ids: in memory, or, if it is large, made once and kept on disk."""
+"""The training and validation tokens of a text or of shards. A large text becomes shards in a cache, once."""
 
 import hashlib
 import itertools
 import json
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from filelock import FileLock, Timeout
-from rich.progress import Progress, TransferSpeedColumn
 
 from src.data.config import DataConfig
 from src.data.corpus import Corpus, read_corpus
-from src.data.download import CACHE_NAME
-from src.data.shards import ShardTokens, read_shards
-from src.tokenizer import encode_pieces, fingerprint
+from src.data.download import user_cache
+from src.data.lock import locked
+from src.data.pipeline import Chunk, tokenise
+from src.data.progress import progress
+from src.data.shard_writer import ShardWriter, new_manifest
+from src.data.shards import ShardTokens, read_manifest, read_shards, sha256_of
+from src.tokenizer import fingerprint, separable
 
 log = logging.getLogger(__name__)
 
-LARGE = 2**25  # characters; below, tokenising takes seconds and is not kept
+LARGE = 2**25  # characters; fewer are tokenised in seconds and not cached
+SHARD_TOKENS = 100_000_000
+
+Tokens = np.ndarray | ShardTokens
 
 
-def read_split(
-    config: DataConfig, tokenizer: tiktoken.Encoding, train_ratio: float
-) -> tuple[np.ndarray | ShardTokens, np.ndarray | ShardTokens, str]:
-    """Training and validation tokens of what ``config`` names, and a hash of it; a ``train_ratio`` of 1: all train.
+def read_split(config: DataConfig, tokenizer: tiktoken.Encoding, train_ratio: float) -> tuple[Tokens, Tokens, str]:
+    """Training and validation tokens of the data that ``config`` names, and a hash of it. With a ``train_ratio`` of 1,
+    all tokens are for training.
 
     Raises:
         ValueError: text or shards that cannot be read; a cache that cannot be written to.
@@ -47,146 +50,109 @@ def split_tokens(
     tokenizer: tiktoken.Encoding,
     special_tokens: str = "parse",
     cache_dir: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation tokens of ``corpus``, each ``(N,)``, cut by characters before they are tokenised.
+) -> tuple[Tokens, Tokens]:
+    """Training and validation tokens of ``corpus``, each ``(N,)``. The text is cut by characters before it is
+    tokenised, and one end-of-text token stands between two documents.
 
-    Between each two documents stands one end-of-text token. Beyond ``LARGE`` characters both are memory-mapped from a
-    file in ``cache_dir`` (None: the user's cache) that is a function of text, cut, tokenizer and ``special_tokens``.
+    A text of more than ``LARGE`` characters becomes shards in ``cache_dir`` (None: the user's cache), in a folder whose
+    name is a hash of the text, the cut, the tokenizer and ``special_tokens``. Processes that share the cache wait for
+    the one that tokenises.
 
     Raises:
-        ValueError: the cache cannot be written to.
+        ValueError: the cache cannot be written to; a document without a word boundary for millions of characters.
     """
     characters, cut = sum(corpus.characters), corpus.cut(train_ratio)
-    ranges = (0, cut), (cut, characters)
-    if characters <= LARGE:
-        parts = [list(tokenise(corpus, *part, tokenizer, special_tokens)) for part in ranges]
-        train, val = (np.concatenate(part) if part else np.empty(0, dtype=np.uint16) for part in parts)
+    if characters <= LARGE or tokenizer.n_vocab > 2**16:  # a shard has 16 bits per token
+        ranges = (0, cut), (cut, characters)
+        train, val = (tokens_between(corpus, *part, tokenizer, special_tokens) for part in ranges)
         return train, val
-    sources = [corpus.sha256, corpus.characters, cut, fingerprint(tokenizer), special_tokens]
-    key = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
-    path = _cache(cache_dir) / f"{key[:32]}.tokens"
-    kept = _read(path)
-    if kept is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_remains(path.parent)
-            with _claimed(path.stem, path.parent):
-                kept = _read(path)  # made by another process meanwhile
-                if kept is None:
-                    _write(path, corpus, ranges, tokenizer, special_tokens)
-                    kept = _read(path)
-        except OSError as error:
-            raise ValueError(
-                f"data.cache_dir={path.parent} cannot be written to ({error.strerror}; it takes about "
-                f"{characters / 2e9:.1f} GB): data.cache_dir=<a folder on another disk>"
-            ) from error
-    return kept
-
-
-def tokenise(
-    corpus: Corpus,
-    first: int,
-    last: int,
-    tokenizer: tiktoken.Encoding,
-    special_tokens: str = "parse",
-    progress: Callable[[int], None] = lambda characters: None,
-) -> Iterator[np.ndarray]:
-    """Tokens of the characters ``first`` to ``last``, piece by piece, the same as of each document as a whole.
-
-    Raises:
-        ValueError: a document without a word boundary for millions of characters.
-    """
-
-    def texts(pieces: Iterator[tuple[int, str]]) -> Iterator[str]:
-        for _, text in pieces:
-            yield text
-            progress(len(text))
-
-    documents = itertools.groupby(corpus.pieces(first, last), key=itemgetter(0))
-    tokens = None
-    for number, pieces in documents:
-        if tokens is not None:
-            yield np.array([tokenizer.eot_token], dtype=tokens.dtype)
-        source = f"data.path: {corpus.files[number]}"
-        for tokens in encode_pieces(texts(pieces), tokenizer, special_tokens, source):
-            yield tokens
-
-
-def _cache(folder: str | None) -> Path:
-    if folder is not None:
-        return Path(folder).expanduser()
-    import pooch  # only a large text needs it
-
-    return Path(pooch.os_cache(CACHE_NAME)) / "tokens"
-
-
-@contextmanager
-def _claimed(key: str, folder: Path, wait: bool = True) -> Iterator[None]:
-    """While one process makes the tokens of ``key``, the others wait, those of other machines and containers too."""
-    lock = FileLock(folder / f"{key}.lock")
+    identity = [corpus.sha256, corpus.characters, cut, fingerprint(tokenizer), special_tokens]
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else user_cache() / "tokens"
+    folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    if cached := _read(folder, tokenizer):
+        return cached
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise
-        log.info("waiting for another process that tokenises the same text into %s", folder)
-        lock.acquire()
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_parts(cache)
+        with locked(_lock(folder), f"tokenises the same text into {folder}"):
+            cached = _read(folder, tokenizer)  # another process may have written it in the meantime
+            return cached or _write(folder, corpus, cut, tokenizer, special_tokens)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache} cannot be written to ({error.strerror}; it takes about "
+            f"{characters / 2e9:.1f} GB); use data.cache_dir=<a folder on another disk>"
+        ) from error
+
+
+def tokens_between(
+    corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding, special_tokens: str = "parse"
+) -> np.ndarray:
+    """The tokens ``(N,)`` of the characters ``first`` to ``last``, the same as those of each document as a whole."""
+    parts = [np.empty(0, dtype=np.uint16)]
+    for _, tokens in tokenise(_chunks(corpus, first, last), tokenizer, special_tokens):
+        parts += tokens
+    return np.concatenate(parts)
+
+
+def _chunks(corpus: Corpus, first: int, last: int) -> Iterator[Chunk]:
+    """The documents between two characters, with an end-of-text token before each but the first."""
+    separator: list[str | None] = []
+    for number, pieces in itertools.groupby(corpus.pieces(first, last), key=itemgetter(0)):
+        for piece in separable((text for _, text in pieces), f"data.path: {corpus.files[number]}"):
+            yield Chunk([*separator, piece])
+            separator = []
+        separator = [None]
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _remove_parts(cache: Path) -> None:
+    """Remove what processes that were killed left behind."""
+    for part in cache.glob("[0-9a-f]" * 32 + ".part"):
+        with suppress(OSError), locked(_lock(part.with_suffix(""))):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(
+    folder: Path, corpus: Corpus, cut: int, tokenizer: tiktoken.Encoding, special_tokens: str
+) -> tuple[ShardTokens, ShardTokens]:
+    """Make the shards in a folder of their own, which becomes ``folder`` once they are complete."""
+    part, characters = folder.with_name(f"{folder.name}.part"), sum(corpus.characters)
+    log.info("tokenising %s, %s characters, once, into %s", corpus.source, f"{characters:,}", folder)
+    settings = {"name": "text", "shard_tokens": SHARD_TOKENS, "val_tokens": 0, "special_tokens": special_tokens}
     try:
-        yield
+        with progress("tokenising", characters, "characters") as advance:
+            for role, first, last in ("train", 0, cut), ("val", cut, characters):
+                (part / role).mkdir(parents=True)
+                manifest = new_manifest(settings, tokenizer, [{"source": corpus.source, "sha256": corpus.sha256}])
+                with closing(ShardWriter(part / role, manifest, role=role)) as shards:
+                    for chunk, tokens in tokenise(_chunks(corpus, first, last), tokenizer, special_tokens):
+                        shards.add(chunk, tokens)
+                        advance(chunk.characters)
+                    shards.finish()
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, if it is there
+        part.replace(folder)
     finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
-        lock.release()
+        shutil.rmtree(part, ignore_errors=True)
+    written = _read(folder, tokenizer)
+    assert written is not None
+    return written
 
 
-def _remove_remains(folder: Path) -> None:
-    """Remove the parts whose processes were killed: those that nobody claims."""
-    for part in folder.glob("[0-9a-f]" * 32 + ".tokens*.part"):
-        with suppress(OSError), _claimed(part.name[:32], folder, wait=False):
-            part.unlink(missing_ok=True)
-
-
-def _write(path: Path, corpus: Corpus, ranges, tokenizer: tiktoken.Encoding, special_tokens: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    digest, counts = hashlib.sha256(), []
-    log.info("tokenising %s, %s characters, once, into %s", corpus.source, f"{sum(corpus.characters):,}", path)
-    try:
-        with part.open("wb") as file, _progress(corpus) as progress:
-            for first, last in ranges:
-                before = file.tell()
-                for tokens in tokenise(corpus, first, last, tokenizer, special_tokens, progress):
-                    file.write(tokens.data)
-                    digest.update(tokens.data)
-                counts.append((file.tell() - before) // tokens.itemsize)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        about = {"tokens": counts, "dtype": tokens.dtype.name, "sha256": digest.hexdigest(), "source": corpus.source}
-        part.write_text(json.dumps(about))
-        part.replace(path.with_suffix(".json"))
-    finally:
-        part.unlink(missing_ok=True)
-    log.info("tokenised: %s tokens", f"{sum(counts):,}")
-
-
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """What is kept in ``path``; None where there is nothing, or something else than was written."""
-    try:
-        about = json.loads(path.with_suffix(".json").read_text())
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
+def _read(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[ShardTokens, ShardTokens] | None:
+    """The training and validation tokens in ``folder``; None if there are none or they are not what was written."""
+    parts = []
+    for role in "train", "val":
+        manifest = read_manifest(folder / role)
+        if not manifest:
+            return None
+        shards = {folder / role / shard["file"]: shard for shard in manifest["shards"]}
+        for path, shard in shards.items():
+            if not path.is_file() or sha256_of(path) != shard["sha256"]:
                 log.warning("%s is damaged: tokenising again", path)
                 return None
-        train, val = about["tokens"]
-        tokens = np.memmap(path, dtype=about["dtype"], mode="r")
-    except (OSError, ValueError, KeyError):
-        return None
-    return tokens[:train], tokens[train : train + val]
-
-
-@contextmanager
-def _progress(corpus: Corpus) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; takes the number of characters that were read."""
-    with Progress(*Progress.get_default_columns(), TransferSpeedColumn(), disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("tokenising", total=sum(corpus.characters))
-        yield lambda characters: bar.advance(task, characters)
+        parts.append(ShardTokens([(path, shard["tokens"]) for path, shard in shards.items()], tokenizer.n_vocab))
+    train, val = parts
+    return train, val

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-ROUNDS = 16  # of the Feistel network; even, so that it ends in the grid it began in
+ROUNDS = 16  # of the Feistel network; even, so that rows and columns end up as they began
 BLOCK = 2**14  # indices computed at a time
-NOT_COUNTED = -100  # as a target: cross-entropy leaves it out
+NOT_COUNTED = -100  # the ignore index of cross-entropy
 
 
 class SlidingWindowDataset(Dataset):
     """The windows that start at ``range(0, len(tokens) - context_length, stride)``.
 
-    Window ``i`` is the slice ``tokens[i * stride : i * stride + context_length + 1]``, given as a pair of inputs and
-    targets one step apart, each ``(context_length,)`` int64. Nothing is copied before a window is asked for, so the
-    windows take no memory beyond the tokens, whatever the stride. ``tokens`` is any one-dimensional array of integers,
-    a memory map included, or whatever else has a length and gives arrays as slices, as shards do.
+    Window ``i`` is the slice ``tokens[i * stride : i * stride + context_length + 1]``, as a pair of inputs and targets
+    one step apart, each ``(context_length,)`` int64. A window is copied when it is read, so windows take no memory
+    beyond the tokens, whatever the stride. ``tokens`` is a one-dimensional array of integers, a memory map, or anything
+    that has a length and whose slices are arrays, such as shards.
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
@@ -40,39 +40,34 @@ class SlidingWindowDataset(Dataset):
 
 
 def evenly_spread(count: int, most: int | None) -> Sequence[int]:
-    """At most ``most`` of ``range(count)``, at equal distances over all of it; None: all."""
+    """At most ``most`` of ``range(count)``, evenly spaced; all of them if ``most`` is None."""
     return range(count) if most is None or most >= count else [place * count // most for place in range(most)]
 
 
 class SeededSampler(Sampler[int]):
     """Indices ``0 .. length - 1`` in an order that is a function of ``(seed, epoch)`` alone.
 
-    An epoch has a multiple of ``multiple`` indices; which are left over depends on its order. Lightning calls
-    ``set_epoch``; ``resume_at`` names the epoch and the number of indices of it that an earlier process has already
-    given out.
+    The number of indices in an epoch is a multiple of ``multiple``. The rest is left out, a different one each epoch.
+    A resumed sampler starts in ``epoch`` without its first ``done`` indices. Lightning calls ``set_epoch``.
     """
 
-    def __init__(self, length: int, shuffle: bool, seed: int, multiple: int = 1) -> None:
+    def __init__(self, length: int, shuffle: bool, seed: int, multiple: int = 1, epoch: int = 0, done: int = 0) -> None:
         self.length = length
         self.shuffle = shuffle
         self.seed = seed
         self.multiple = multiple
-        self.epoch = 0
-        self._resumed = (0, 0)
+        self.epoch = epoch
+        self._start = (epoch, done)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-
-    def resume_at(self, epoch: int, given_out: int) -> None:
-        self.epoch = epoch
-        self._resumed = (epoch, given_out)
 
     def __len__(self) -> int:
         return self.length // self.multiple * self.multiple
 
     def __iter__(self) -> Iterator[int]:
-        epoch, given_out = self._resumed
-        first = given_out if self.epoch == epoch else 0
+        epoch, done = self._start
+        first = done if self.epoch == epoch else 0
         if not self.shuffle:
             return iter(range(first, len(self)))
         keys = np.random.SeedSequence([self.seed, self.epoch]).generate_state(ROUNDS, np.uint64)
@@ -81,17 +76,17 @@ class SeededSampler(Sampler[int]):
 
 def shuffled(length: int, keys: np.ndarray, first: int = 0) -> Iterator[int]:
     """The numbers ``0 .. length - 1`` in an order that depends on ``keys`` ``(ROUNDS,)`` uint64, from place ``first``
-    on; neither where it starts nor the length costs anything beforehand."""
+    on. Neither ``first`` nor ``length`` costs time or memory beforehand."""
     for start in range(first, length, BLOCK):
         places = np.arange(start, min(start + BLOCK, length), dtype=np.uint64)
         yield from permuted(places, length, keys).tolist()
 
 
 def permuted(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
-    """What stands at ``places``, uint64 below ``length``, in a permutation of ``range(length)`` chosen by ``keys``.
+    """The numbers at ``places``, uint64 below ``length``, of a permutation of ``range(length)`` chosen by ``keys``.
 
-    A Feistel network over a grid of just over ``length`` cells, passed again by what left ``range(length)`` (Black and
-    Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 4 and 5).
+    A Feistel network over a grid of just over ``length`` cells, applied again to results outside ``range(length)``
+    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 4 and 5).
     """
     columns = math.isqrt(max(length - 1, 0)) + 1
     rows = -(-length // columns)
@@ -115,9 +110,8 @@ def _scrambled(numbers: np.ndarray) -> np.ndarray:
 
 
 class RankSampler(Sampler[int]):
-    """What one of ``ranks`` processes trains on: the ``rank``-th share of every ``ranks * batch_size`` indices that
-    ``sampler`` gives out, whose number is a multiple of that. The order as a whole is the same for any number of
-    processes.
+    """The indices that rank ``rank`` of ``ranks`` trains on: its share of every ``ranks * batch_size`` indices of
+    ``sampler``, whose length is a multiple of that. The order over all ranks does not depend on their number.
     """
 
     def __init__(self, sampler: SeededSampler, batch_size: int, rank: int, ranks: int) -> None:
@@ -139,10 +133,10 @@ class RankSampler(Sampler[int]):
 
 
 class RankWindows(Dataset):
-    """What one of ``ranks`` processes evaluates: of every ``ranks * batch_size`` of ``windows``, the ``rank``-th share.
+    """The windows that rank ``rank`` of ``ranks`` evaluates: its share of every ``ranks * batch_size`` of ``windows``.
 
-    A process that has no share in the last of these batches gets one window whose targets are all
-    :data:`NOT_COUNTED`, so that all have the same number of batches, and each window counts once.
+    A rank without a share of the last of these batches gets one window whose targets are all :data:`NOT_COUNTED`. So
+    all ranks have the same number of batches, and each window counts once.
     """
 
     def __init__(self, windows: Dataset, batch_size: int, rank: int, ranks: int) -> None:

@@ -1,0 +1,79 @@
+"""Chunks of text to tokens, on all cores and in order."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+
+from src.tokenizer import encode, token_dtype
+
+CHUNK = 2**20  # characters that a worker tokenises at a time
+DOCUMENT = 100  # characters that take as much memory as the overhead of a short piece
+START = (0, 0, 0)
+
+
+class Chunk(NamedTuple):
+    """Pieces of text to tokenise, with None for an end-of-text token, and the place in the source where they end:
+    number of the file, number of the record in it, characters of that record. ``skipped`` counts records without
+    text."""
+
+    pieces: list[str | None]
+    end: tuple[int, int, int] = START
+    skipped: int = 0
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, filter(None, self.pieces)))
+
+
+def tokenise(
+    chunks: Iterable[Chunk],
+    tokenizer: tiktoken.Encoding,
+    special_tokens: str = "parse",
+    workers: int | None = None,
+    size: int = CHUNK,
+) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
+    """Chunks of at least ``size`` characters, made of the consecutive ``chunks``, each with the tokens of its pieces.
+
+    ``workers`` threads (None: one per core) tokenise at most two chunks each ahead of the reader, so memory does not
+    grow with the text. Threads suffice: tiktoken releases Python's lock, and neither texts nor tokens are copied.
+    """
+    end_of_text = np.array([tokenizer.eot_token], dtype=token_dtype(tokenizer))
+
+    def encoded(chunk: Chunk) -> list[np.ndarray]:
+        return [end_of_text if piece is None else encode(piece, tokenizer, special_tokens) for piece in chunk.pieces]
+
+    workers = workers or os.cpu_count() or 1
+    waiting: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for chunk in merged(chunks, size):
+                waiting.append((chunk, pool.submit(encoded, chunk)))
+                if len(waiting) > 2 * workers:
+                    first, tokens = waiting.popleft()
+                    yield first, tokens.result()
+            while waiting:
+                first, tokens = waiting.popleft()
+                yield first, tokens.result()
+        finally:
+            for _, tokens in waiting:
+                tokens.cancel()
+
+
+def merged(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
+    """Consecutive ``chunks`` joined until they have at least ``size`` characters."""
+    pieces: list[str | None] = []
+    characters = skipped = 0
+    for chunk in chunks:
+        pieces += chunk.pieces
+        skipped += chunk.skipped
+        characters += DOCUMENT + chunk.characters
+        if characters >= size:
+            yield Chunk(pieces, chunk.end, skipped)
+            pieces, characters, skipped = [], 0, 0
+    if characters:
+        yield Chunk(pieces, chunk.end, skipped)
