@@ -66,7 +66,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src.device import pick_accelerator
     from src.evaluation.losses import text_loss, unigram_loss
     from src.evaluation.precision import choose_precision, in_precision
-    from src.evaluation.progress import progress_bar
+    from src.data.progress import progress
     from src.evaluation.report import write_report
     from src.evaluation.windows import choose_windows, windows_of_run
     from src.generation.text import check_vocabulary
@@ -92,9 +92,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     check_vocabulary(net, tokenizer)
     own = windows_of_run(run, config.data, sha256, config.split)
     windows = choose_windows(config, len(tokens), net.config.context_length, own)
-    with autocast, progress_bar("tokens", windows.tokens) as progress:
+    with autocast, progress("scoring", windows.tokens, "tokens") as advance:
         settings = (windows.length, windows.stride, config.data.batch_size, token_byte_counts(tokenizer))
-        found = text_loss(net, tokens, *settings, config.surprises, progress, windows.starts)
+        found = text_loss(net, tokens, *settings, config.surprises, advance, windows.starts)
     if not math.isfinite(found.loss):
         raise ValueError(f"weights={config.weights} have a loss of {found.loss}; use weights=<another checkpoint>")
     result = {

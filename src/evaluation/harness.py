@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from src.evaluation.progress import progress_bar
+from src.data.progress import progress
 from src.generation.config import Sampling
 from src.generation.decode import decode, evaluating, pad_left
 from src.generation.text import TextStream
@@ -74,7 +74,7 @@ class HarnessLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
         texts = [""] * len(requests)
-        with progress_bar("texts", len(requests)) as progress:
+        with progress("generating", len(requests), "texts") as advance:
             for group in groups.values():
                 group.sort(key=lambda number: -len(requests[number].args[0]))
                 for chosen in _batches(group, self._batch_size):
@@ -82,7 +82,7 @@ class HarnessLM(TemplateLM):
                     written = self._continue(contexts, requests[chosen[0]].args[1], chosen)
                     for number, text in zip(chosen, written, strict=True):
                         texts[number] = text
-                    progress(len(chosen))
+                    advance(len(chosen))
         return texts
 
     def _loglikelihood_tokens(
@@ -93,13 +93,13 @@ class HarnessLM(TemplateLM):
         rows = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        with evaluating(self._net), progress_bar("likelihoods", len(rows)) as progress:
+        with evaluating(self._net), progress("scoring", len(rows), "likelihoods") as advance:
             for chosen in _batches(order, self._batch_size):
                 counts = [len(requests[number][2]) for number in chosen]
                 scores = self._score([rows[number] for number in chosen], counts)
                 for number, score in zip(chosen, scores, strict=True):
                     found[number] = score
-                progress(len(chosen))
+                advance(len(chosen))
         return found
 
     def _check(self, continuation: list[int]) -> None:
