@@ -45,7 +45,7 @@ def requeued_run(overrides: list[str]) -> Path | None:
 
 
 def with_latest_weights(overrides: list[str]) -> list[str]:
-    """``overrides`` with ``latest`` in ``weights`` replaced by the folder of the latest run.
+    """``overrides`` with ``latest`` in ``weights`` replaced by the folder of the latest run, and paths quoted.
 
     Raises:
         ValueError: there is no run.
@@ -54,8 +54,10 @@ def with_latest_weights(overrides: list[str]) -> list[str]:
     def replaced(override: str) -> str:
         key, _, value = override.partition("=")
         parts = value.split(",")
-        if key.lstrip("+") != "weights" or "latest" not in parts:
+        if key.lstrip("+") != "weights":
             return override
+        if "latest" not in parts:  # a path is taken literally, whatever Hydra's grammar makes of its characters
+            return f"{key}={quoted(value)}" if value and os.path.lexists(os.path.expanduser(value)) else override
         return f"{key}={','.join(quoted(latest_run('weights')) if part == 'latest' else part for part in parts)}"
 
     return [replaced(override) for override in overrides]
@@ -65,6 +67,8 @@ def data_of_run(weights: str) -> dict[str, Any]:
     """The data section of the run that wrote ``weights``, from its ``run.json`` or else from the checkpoint; empty if
     they do not belong to a run."""
     folder, file = run_folder(weights), Path(os.path.expanduser(weights))
+    if folder and file.is_dir():
+        file = next((path for path in folder.glob("checkpoints/*.ckpt") if path.is_file()), file)
     config = read_record(folder).get("config") if folder else None
     data = config.get("data") if isinstance(config, dict) else None
     if data is None and file.suffix == ".ckpt" and file.is_file():

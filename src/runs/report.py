@@ -37,6 +37,7 @@ def print_start_card(
     evaluation = about.pop("evaluation")
     card = {
         "parameters": f"{record['parameters']:,}",
+        "text": data.config.source,
         **about,
         "step": f"{windows * length:,} tokens ({windows} windows of {length})",
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
