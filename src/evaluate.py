@@ -63,10 +63,10 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             not fit each other; a loss that is not finite.
     """
     config = check(cfg)
+    from src.data.progress import progress
     from src.device import pick_accelerator
     from src.evaluation.losses import text_loss, unigram_loss
     from src.evaluation.precision import choose_precision, in_precision
-    from src.data.progress import progress
     from src.evaluation.report import write_report
     from src.evaluation.windows import choose_windows, windows_of_run
     from src.generation.text import check_vocabulary

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from src.cli import app, ranks
 from src.cli.overrides import compose, unknown_trainer_arguments
 from src.cli.quoting import command_line, resume_override
 from src.cli.resume import COMMAND, resumed_overrides
-from src.cli.typed import typed
+from src.cli.typed import built, typed
 from src.interop.locate import locate
 from src.runs import launch, processes
 from src.runs.record import RunRecord, read_record
@@ -97,8 +96,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     ):
         start = find_start(config, folder)
         config = start.config
-        watching = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
-        loggers = [instantiate(node, save_dir=str(folder)) for node in cfg.logger.values() if node is not None]
+        watching, loggers = built(config.callbacks), built(config.logger, save_dir=str(folder))
         trainer = build_trainer(config, folder, interruption, watching, loggers, processes.world_size())
         seed_everything(config.seed, verbose=False)
         data = build_data(config, trainer, start)
