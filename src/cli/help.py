@@ -1,4 +1,4 @@
-"""What ``--help`` says: what a command does, the choices of its groups, its config with the comments of ``conf``."""
+"""``--help``: what a command does, the choices of its groups, and its config with the comments of ``conf``."""
 
 import re
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 KEY = re.compile(r"( *)([\w.]+):(?: .*?)?(?:  # (.*))?$")
-FOOTER = "-m sweeps over several values, --cfg job prints the config alone, --hydra-help tells what else Hydra can do."
+FOOTER = "-m sweeps over several values, --cfg job prints only the config, --hydra-help lists what else Hydra can do."
 
 
 def help_text(command: str, cfg: DictConfig, choices: dict[str, str | None], conf: Path) -> str:
-    """The help of ``command``, whose config is ``cfg``; ``choices`` is what it took from each of its groups."""
+    """The help of ``command`` with the config ``cfg``; ``choices`` maps each of its groups to the current choice."""
     about = (conf / f"{command}.yaml").read_text(encoding="utf-8").split("\ndefaults:")[0]
     lines = [line.removeprefix("# ") for line in about.splitlines()]
     files = _chain(conf / f"{command}.yaml")
     if choices:
-        lines += ["", "Groups, group=choice (* is what is taken now):"]
+        lines += ["", "Groups, group=choice (* marks the current choice):"]
     for group, choice in choices.items():
         found = sorted((conf / group).glob("*.yaml"))
         lines.append(f"  {group:<11} " + "  ".join(file.stem + "*" * (file.stem == choice) for file in found))
@@ -32,7 +32,7 @@ def help_text(command: str, cfg: DictConfig, choices: dict[str, str | None], con
 
 
 def _chain(file: Path) -> list[Path]:
-    """``file`` behind those of its own group that its defaults list takes, whose keys it may set anew."""
+    """The files of the same group that the defaults list of ``file`` names, then ``file``, which may override them."""
     if not file.is_file():
         return []
     defaults = OmegaConf.load(file).get("defaults", [])
@@ -41,7 +41,7 @@ def _chain(file: Path) -> list[Path]:
 
 
 def _walk(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each line of a YAML file, the key that it sets, sections included ("" for none), and its comment."""
+    """Each line of a YAML file, the full key that it sets ("" for none), and its comment."""
     sections: list[tuple[int, str]] = []
     for line in text.splitlines():
         key = ""

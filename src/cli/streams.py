@@ -1,4 +1,4 @@
-"""Standard output and standard error that may go away while a run trains."""
+"""Standard output and standard error that may be closed while a run trains."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """``stream``, which from the first failure on, as of a pipe without a reader or a closed terminal, takes everything
-    and shows nothing."""
+    """``stream`` until a write fails, because a pipe has lost its reader or the terminal was closed; afterwards it
+    discards everything."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -18,18 +18,18 @@ class LastingStream:
         try:
             return self._stream.write(text)
         except OSError:
-            self._let_go()
+            self._discard()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            self._let_go()
+            self._discard()
 
-    def _let_go(self) -> None:
+    def _discard(self) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())  # for what the stream still holds, and for other writers
+        os.dup2(nothing, self._stream.fileno())  # also for what the stream has buffered, and for other writers
         os.close(nothing)
 
     def __getattr__(self, name: str) -> Any:
@@ -38,10 +38,9 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """While this lasts, a program never fails because nobody takes its output, not even if it was started without
-    (``>&-``)."""
+    """A context in which a closed output is no error, not even if the program was started without one (``>&-``)."""
     before = sys.stdout, sys.stderr
-    for descriptor in 0, 1, 2:  # in this order: what is opened next gets the lowest that is free, a log file for one
+    for descriptor in 0, 1, 2:  # in order: otherwise the next file, such as a log, would get their numbers
         try:
             os.fstat(descriptor)
         except OSError:

@@ -1,4 +1,4 @@
-"""The table at the end of a multirun."""
+"""The table at the end of a sweep."""
 
 import logging
 import math
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 
 class SweepTable(Callback):
-    """Prints every job of a sweep, the lowest loss first, and fails the sweep if any job failed.
+    """Prints a row per job of a sweep, the lowest loss first, and fails the sweep if a job failed.
 
-    ``columns`` are the headings and the numbers of each job's ``record`` below them; the first one sorts.
+    ``columns`` maps the heading of each column to a key of the job's file ``record``; the first column sorts the rows.
     """
 
     def __init__(self, record: str = "run.json", columns: dict[str, str] | None = None) -> None:
@@ -32,7 +32,7 @@ class SweepTable(Callback):
         for job, numbers, status, overrides in rows:
             shown = "".join(f"{number if math.isfinite(number) else '-':>10.6}  " for number in numbers)
             print(f"{shown}{status:<10}  {job.name:<4}  {overrides}")
-        for job in (job for job, _, status, _ in rows if status == "checked"):  # a dry run leaves nothing behind
+        for job in (job for job, _, status, _ in rows if status == "checked"):  # a dry run leaves nothing
             shutil.rmtree(job)
         if any(folder.glob("*/")):
             print(f"sweep folder: {folder}")
