@@ -11,8 +11,10 @@ from pydantic_core import ErrorDetails
 
 
 class Config(BaseModel):
-    """A frozen set of named values. Fields declare types, ranges and defaults; an ``after`` validator that finds
-    several fields at odds raises a ValueError with one line per problem, each ``<key>=<value> <problem>; use <override>``.
+    """A frozen set of named values, given by name or in the order of the fields.
+
+    Fields declare types, ranges and defaults. An ``after`` validator that finds several fields at odds raises a
+    ValueError with a line per problem: ``<key>=<value> <problem>; use <override>``.
 
     ``section`` is what stands before a field's name in an override: ``model`` for ``model.n_heads``.
 
@@ -23,9 +25,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
     section: ClassVar[str] = ""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, *positional: Any, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**dict(zip(type(self).model_fields, positional, strict=False)), **values)
         except ValidationError as error:
             raise ValueError("\n".join(self._explained(error))) from None
 
@@ -57,19 +59,16 @@ def _explained(config: type[Config], problem: ErrorDetails) -> list[str]:
         section = inner
     key = ".".join(names)
     if problem["type"] == "extra_forbidden":
-        return [
-            f"{key} does not exist: did you mean {'.'.join([*names[:-1], nearest(names[-1], section.model_fields)])}?"
-        ]
+        names[-1] = nearest(names[-1], section.model_fields)
+        return [f"{key} does not exist: did you mean {'.'.join(names)}?"]
     if field is None:
         return [f"{key} {problem['msg'].lower()}"]
     default = field.examples[0] if field.examples else field.get_default(call_default_factory=True)
     if problem["type"] == "missing":
         within = len(names) - bool(config.section) < len(problem["loc"])  # an element of a list
-        return [
-            f"{key} has too few values; use {override(key, default)}"
-            if within
-            else f"{key} is needed; use {key}=<value>"
-        ]
+        if within:
+            return [f"{key} has too few values; use {override(key, default)}"]
+        return [f"{key} is needed; use {override(key, field.examples[0] if field.examples else '<value>')}"]
     return [f"{key}={shown(problem['input'])} {_wrong(problem)}; use {override(key, default)}"]
 
 

@@ -1,13 +1,10 @@
 """What is fast and safe on the machine at hand."""
 
-import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def pick_accelerator(accelerator: str, key: str = "trainer.accelerator") -> str:
@@ -76,21 +73,6 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
     elif device == "mps":
         torch.mps.synchronize()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed buffers for the next training step instead of giving them back to the system.
-
-    By default each buffer of 32 MB or more is mapped anew, page by page, at every step: with GPT-2's logits of 50 MB
-    and gradients of 154 MB that costs a CPU run a fifth of its speed. Does nothing where there is no ``mallopt``.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
-    mallopt(M_TOP_PAD, 2**20)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

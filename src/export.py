@@ -6,14 +6,15 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from src.cli import app
-from src.cli.resume import with_latest_weights
+from src.cli.latest import with_latest_weights
+from src.cli.typed import typed
+from src.interop.config import ExportConfig
 from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
 from src.runs.record import read_record
 
@@ -25,52 +26,45 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("huggingface", "book", "weights")
-POSITIONS = 64  # at which the logits are compared
+POSITIONS = 64  # at which logits are compared
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """The keys of ``conf/export.yaml``."""
+def check(cfg: DictConfig) -> ExportConfig:
+    """``cfg`` as a frozen config.
 
-    weights: str = "gpt2"
-    format: str = "huggingface"
-    output: str = "my_model"
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"format={self.format} is none of {', '.join(FORMATS)}: format=huggingface")
-
-
-def find_problems(cfg: DictConfig) -> list[str]:
-    """Everything wrong with ``cfg`` that can be known without reading the weights."""
-    checked, found = app.check_sections(cfg, {"": ExportConfig})
-    if not checked:
-        return found
-    found += problems_of_weights(checked[""].weights)
-    output = Path(os.path.expanduser(checked[""].output))
-    if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
-        return [*found, f"output={output} is there already: output=<a new folder>"]
-    return found + app.problems_of_output(output)
+    Raises:
+        ValueError: every problem that can be found without reading the weights, one per line.
+    """
+    config = typed(cfg, ExportConfig)
+    found = problems_of_weights(config.weights)
+    output = Path(os.path.expanduser(config.output))
+    try:
+        if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"output={output} already exists; use output=<a new folder>")
+        app.check_output(output)
+    except ValueError as error:
+        found.append(str(error))
+    if found:
+        raise ValueError("\n".join(found))
+    return config
 
 
 def export(cfg: DictConfig) -> float:
     """Write the model to a new folder, read it again, and return the largest difference of logits.
 
-    The folder appears once everything in it is written and found to be the same model.
+    The folder appears only after everything in it is written and was found to be the same model.
 
     Raises:
-        ValueError: the problems of the config; weights that cannot be read; a copy that differs.
+        ValueError: the problems of the config; weights that cannot be read; a copy that differs; a full disk.
     """
-    if problems := find_problems(cfg):
-        raise ValueError("\n".join(problems))
+    asked = check(cfg)
     from safetensors import SafetensorError
 
     from src.interop.model_card import model_card
     from src.interop.weights import build, load_weights, read_weights_and_run
 
-    output = Path(os.path.expanduser(cfg.output))
-    config, weights, run = read_weights_and_run(cfg.weights)
+    output = Path(os.path.expanduser(asked.output))
+    config, weights, run = read_weights_and_run(asked.weights)
     config, weights = _unpadded(config, weights)
     aside = None
     try:
@@ -78,23 +72,21 @@ def export(cfg: DictConfig) -> float:
         aside = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
         part = Path(aside, output.name)
         part.mkdir()
-        folder = run_folder(cfg.weights)
+        folder = run_folder(asked.weights)
         card = model_card(config, run, read_record(folder) if folder else {}, output.name)
-        _write(part, cfg.format, config, weights, card)
+        _write(part, asked.format, config, weights, card)
         for file in part.iterdir():
-            file.chmod(
-                part.stat().st_mode & 0o666
-            )  # as the user's umask has it: safetensors writes for the owner alone
+            file.chmod(part.stat().st_mode & 0o666)  # the user's umask: safetensors writes for the owner only
         net = build(config, weights).eval()
         difference = _largest_difference(net, load_weights(part, key="output"))
-        if not difference <= 1e-4:  # NaN is no small number
+        if not difference <= 1e-4:  # true of NaN too
             raise ValueError(f"output={output} would be another model, its logits differ by up to {difference:.1e}")
         if output.exists():
             output.rmdir()
         part.rename(output)
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's and safetensors' own words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk PyTorch and safetensors raise their own
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
-        raise ValueError(f"output={output} could not be written ({reason}): output=<a folder elsewhere>") from error
+        raise ValueError(f"output={output} could not be written ({reason}); use output=<a folder elsewhere>") from error
     finally:
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
@@ -106,13 +98,13 @@ def export(cfg: DictConfig) -> float:
 
 
 def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Without the rows of a padded vocabulary, which are beyond the tokenizer's."""
+    """The model without the rows of a padded vocabulary, for which the tokenizer has no tokens."""
     from src.tokenizer import gpt2_tokenizer
 
     n_vocab = gpt2_tokenizer().n_vocab
     if config.vocab_size <= n_vocab:
         return config, weights
-    log.info("leaving %d padded rows of the vocabulary out", config.vocab_size - n_vocab)
+    log.info("leaving out %d padded rows of the vocabulary", config.vocab_size - n_vocab)
     cut = {name: weights[name][:n_vocab] for name in ("tok_emb.weight", "head.weight")}
     return config.changed(vocab_size=n_vocab), {**weights, **cut}
 
@@ -137,7 +129,7 @@ def _write(folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor
         if fits:
             write_tokenizer(folder, tokenizer, config.context_length)
         else:
-            log.warning("no tokenizer files: the model knows %d tokens, the tokenizer more", config.vocab_size)
+            log.warning("no tokenizer files: the model has %d tokens, the tokenizer more", config.vocab_size)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -152,4 +144,4 @@ def _largest_difference(net: GPT, other: GPT) -> float:
 
 
 if __name__ == "__main__":
-    app.launch("export", export, find_problems, with_latest_weights)
+    app.launch("export", export, check, with_latest_weights)

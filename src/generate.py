@@ -2,126 +2,102 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from src.cli import app
-from src.cli.resume import as_meant, data_of_run, with_latest_weights
-from src.generation.config import DEVICES, GenerationConfig
+from src.cli.latest import data_of_run, with_latest_weights
+from src.cli.quoting import as_meant
+from src.cli.typed import typed
+from src.generation.config import GenerateConfig
+from src.generation.prompts import read_prompt, read_stdin
 from src.interop.locate import problems_of_weights
 
 if TYPE_CHECKING:
-    from src.generation.decode import Step
     from src.model.gpt import GPT
 
-RAW = ("prompt", "prompt_file", "stop")  # taken to the letter, past Hydra
-LIKELIEST = 10
-LONGEST_PROMPT = 2**24  # bytes
+RAW = ("prompt", "prompt_file", "stop")  # taken literally: Hydra's grammar rejects some texts
+RawTexts = dict[str, list[str]]
 
 
-@dataclass(frozen=True)
-class GenerateConfig(GenerationConfig):
-    """The keys of ``conf/generate.yaml``."""
+def check(cfg: DictConfig, raw: RawTexts | None = None) -> GenerateConfig:
+    """``cfg``, and the ``raw`` values of ``RAW``, as a frozen config.
 
-    weights: str = "gpt2"
-    special_tokens: str = "parse"
-    echo: bool = True
-    inspect: bool = False
-    device: str = "auto"
-    precision: str = "32-true"
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.special_tokens not in ("parse", "text"):
-            found.append(f"special_tokens={self.special_tokens} is neither parse nor text: special_tokens=parse")
-        if self.device not in DEVICES:
-            found.append(f"device={self.device} is none of {', '.join(DEVICES)}: device=auto")
-        if self.precision not in ("32-true", "bf16-true"):
-            found.append(f"precision={self.precision} is neither 32-true nor bf16-true: precision=32-true")
-        if self.inspect and (self.num_beams > 1 or self.num_samples > 1):
-            found.append("inspect=true looks at a single text: num_samples=1 num_beams=1")
-        return found
-
-
-def find_problems(cfg: DictConfig, raw: dict[str, list[str]] | None = None) -> list[str]:
-    """Everything wrong with ``cfg`` and the ``raw`` arguments that can be known without reading the weights."""
-    checked, found = app.check_sections(cfg, {"": GenerateConfig})
-    raw = raw or dict.fromkeys(RAW, ())
-    if checked:
-        found += problems_of_weights(checked[""].weights)
-    for file in raw["prompt_file"]:
+    Raises:
+        ValueError: every problem that can be found without reading the weights, one per line.
+    """
+    config = typed(cfg, GenerateConfig)
+    config = config.changed(**{key: values for key, values in (raw or {}).items() if values})
+    found = problems_of_weights(config.weights)
+    for file in config.prompt_file or ():
         try:
-            _read(Path(file))
+            read_prompt(file)
         except ValueError as error:
             found.append(str(error))
-    texts = len(raw["prompt"]) + len(raw["prompt_file"])
-    if checked and checked[""].inspect and texts != 1:
-        found.append(f"inspect=true looks at a single text, not at {texts}: give one prompt")
+    texts = len(config.prompt or ()) + len(config.prompt_file or ())
+    if config.inspect and texts != 1:
+        found.append(f"inspect=true shows a single text and {texts} are given; use one prompt=<text>")
     if not texts and not (sys.stdin and sys.stdin.isatty()):
-        found.append(
-            "prompt is needed where there is no terminal to ask for it: prompt=<text>, or prompt=- to read stdin"
-        )
-    return found
+        found.append("prompt is needed without a terminal to ask for it; use prompt=<text>, or prompt=- to read stdin")
+    if found:
+        raise ValueError("\n".join(found))
+    return config
 
 
-def generate(cfg: DictConfig, raw: dict[str, list[str]]) -> None:
+def generate(cfg: DictConfig, raw: RawTexts) -> None:
     """Write the continuations of all prompts to stdout, or ask for prompts on a terminal.
 
     Raises:
-        ValueError: the problems of the config; weights that cannot be read, or that make logits that are not finite; a
-            prompt that is not UTF-8; too little memory.
+        ValueError: the problems of the config; weights that cannot be read, or whose logits are not finite; a prompt
+            that is not UTF-8; too little memory.
     """
-    if problems := find_problems(cfg, raw):
-        raise ValueError("\n".join(problems))
+    config = check(cfg, raw)
     import torch
 
     from src.device import is_out_of_memory, pick_accelerator
     from src.generation.text import check_vocabulary
     from src.interop.weights import load_weights
+    from src.kernels.install import pack_for_decoding
     from src.tokenizer import gpt2_tokenizer
 
-    config = GenerateConfig(**{field.name: cfg[field.name] for field in fields(GenerateConfig)})
-    prompts = [
-        *(_stdin() if text == "-" else text for text in raw["prompt"]),
-        *map(_read, map(Path, raw["prompt_file"])),
-    ]
+    prompts = [read_stdin() if text == "-" else text for text in config.prompt or ()]
+    prompts += [read_prompt(file) for file in config.prompt_file or ()]
     dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     net = load_weights(config.weights, pick_accelerator(config.device, "device"), dtype=dtype)
-    net.pack()
+    pack_for_decoding(net)
     check_vocabulary(net, gpt2_tokenizer())
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         if prompts:
-            _write(net, prompts, config, raw["stop"])
+            _continue(net, prompts, config)
         else:
-            _converse(net, config, raw["stop"])
-    except BrokenPipeError:  # whoever read our texts has seen enough
+            _converse(net, config)
+    except BrokenPipeError:  # the reader of our texts has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         key = "num_beams" if config.num_beams > 1 else "num_samples"
         less = f"{key}={getattr(config, key) // 2}" if getattr(config, key) > 1 else "weights=<a smaller model>"
-        raise ValueError(f"out of memory: {less}") from error
+        raise ValueError(f"out of memory; use {less}") from error
 
 
-def _write(net: GPT, prompts: list[str], config: GenerateConfig, stop: list[str], first: int = 0) -> None:
+def _continue(net: GPT, prompts: list[str], config: GenerateConfig, first: int = 0) -> None:
+    """Write what follows each of ``prompts``: a single text while it is generated, several ones in their order."""
+    from src.generation.inspection import Inspection
     from src.generation.text import continue_texts
 
-    alone = len(prompts) == config.num_samples == config.num_beams == 1
-    streamed, begun = alone and not config.inspect, False
+    single = len(prompts) == config.num_samples == config.num_beams == 1
+    streamed, begun = single and not config.inspect, False
 
-    def say(text: str) -> None:
+    def stream(text: str) -> None:
         nonlocal begun
-        _say(text if begun or not config.echo else prompts[0] + text)  # nothing where no token can be chosen
+        _write(text if begun or not config.echo else prompts[0] + text)  # nothing is echoed if no token can be chosen
         begun = True
 
     try:
@@ -129,27 +105,27 @@ def _write(net: GPT, prompts: list[str], config: GenerateConfig, stop: list[str]
             net,
             prompts,
             config,
-            stop,
+            config.stop or (),
             special_tokens=config.special_tokens,
-            on_text=say if streamed else None,
-            on_step=_Inspection() if config.inspect else None,
+            on_text=stream if streamed else None,
+            on_step=Inspection() if config.inspect else None,
             first=first,
         )
     finally:
         if begun:
-            _say("\n")
+            _write("\n")
     if streamed:
         return
-    for number, (prompt, samples) in enumerate(zip(prompts, found, strict=True)):
-        for sample, continuation in enumerate(samples):
-            if not alone:
+    for number, (prompt, samples) in enumerate(zip(prompts, found, strict=True), 1):
+        for sample, continuation in enumerate(samples, 1):
+            if not single:
                 score = "" if continuation.score is None else f", score {continuation.score:.4f}"
-                print(f"-- prompt {number + 1}, text {sample + 1}{score}", file=sys.stderr, flush=True)
-            _say((prompt if config.echo else "") + continuation.text + "\n")
+                print(f"-- prompt {number}, text {sample}{score}", file=sys.stderr, flush=True)
+            _write((prompt if config.echo else "") + continuation.text + "\n")
 
 
-def _converse(net: GPT, config: GenerateConfig, stop: list[str]) -> None:
-    """A prompt per line until the end of the input, each continued as that of its number on the command line."""
+def _converse(net: GPT, config: GenerateConfig) -> None:
+    """A prompt per line until the end of the input; each draws as the prompt of its number on a command line would."""
     print("a text to continue, or Ctrl-D", file=sys.stderr)
     for turn in range(sys.maxsize):
         print("> ", end="", file=sys.stderr, flush=True)
@@ -157,80 +133,31 @@ def _converse(net: GPT, config: GenerateConfig, stop: list[str]) -> None:
         if not line:
             print(file=sys.stderr)
             return
-        _write(net, [line.removesuffix("\n")], config, stop, first=turn)
+        _continue(net, [line.removesuffix("\n")], config, first=turn)
 
 
-class _Inspection:
-    """Prints the likeliest tokens of each step, the model's own probabilities, before any filter."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def __call__(self, step: Step) -> None:
-        from src.tokenizer import token_bytes
-
-        self.steps += 1
-        best = step.logits[0].softmax(dim=-1).topk(LIKELIEST)
-        chosen = step.tokens[0].item()
-        print(f"-- token {self.steps}: {_shown(token_bytes(chosen))}", file=sys.stderr)
-        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            mark = "*" if token == chosen else " "
-            print(f"{mark} {probability:8.3%}  {token:>5}  {_shown(token_bytes(token))}", file=sys.stderr)
-
-
-def _shown(token: bytes) -> str:
-    return repr(token.decode(errors="backslashreplace"))
-
-
-def _say(text: str) -> None:
+def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-@functools.cache  # what comes through a pipe comes once
-def _stdin() -> str:
-    return _decoded(sys.stdin.buffer, "prompt=-") if sys.stdin else ""
-
-
-@functools.cache
-def _read(file: Path) -> str:
-    try:
-        with Path(os.path.expanduser(file)).open("rb") as content:
-            return _decoded(content, f"prompt_file={file}")
-    except OSError as error:
-        raise ValueError(f"prompt_file={file} cannot be read ({error.strerror}): prompt_file=<a text file>") from None
-
-
-def _decoded(file: BinaryIO, what: str) -> str:
-    content = file.read(LONGEST_PROMPT + 1)  # no more, for a device never ends
-    if len(content) > LONGEST_PROMPT:
-        key = what.split("=")[0]
-        raise ValueError(f"{what} has more than {LONGEST_PROMPT / 1e6:.0f} MB: {key}=<the end of it, which counts>")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{what} is not UTF-8, see byte {error.start}: convert it, for instance with iconv -t UTF-8"
-        ) from None
-
-
 def with_special_tokens_of_run(overrides: list[str]) -> list[str]:
-    """``overrides``, and what the run of the ``weights`` made of a literal <|endoftext|>, if they do not say."""
+    """``overrides``, and the ``special_tokens`` of the run that wrote the ``weights``, unless they are given."""
     _, values = app.take_out(overrides, ("weights", "special_tokens"))
     if values["special_tokens"] or not values["weights"]:
         return overrides
-    own = data_of_run(as_meant(values["weights"][-1])).get("special_tokens")
-    return [*overrides, "special_tokens=text"] if own == "text" else overrides
+    of_run = data_of_run(as_meant(values["weights"][-1])).get("special_tokens")
+    return [*overrides, "special_tokens=text"] if of_run == "text" else overrides
 
 
 def main() -> None:
-    raw: dict[str, list[str]] = {}
+    raw: RawTexts = {}
 
     def rewrite(arguments: list[str]) -> list[str]:
         left, taken = app.take_out(arguments, RAW)
         raw.update(taken)
         return with_special_tokens_of_run(with_latest_weights(left))
 
-    app.launch("generate", lambda cfg: generate(cfg, raw), lambda cfg: find_problems(cfg, raw), rewrite)
+    app.launch("generate", lambda cfg: generate(cfg, raw), lambda cfg: check(cfg, raw), rewrite)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from src.cli import app
-from src.cli.overrides import compose, trainer_arguments
-from src.cli.resume import COMMAND, command_line, command_to_resume, requeue, resume_override, resumed_overrides
-from src.cli.typed import typed
-from src.files import remove_folder
+from src.cli import app, ranks
+from src.cli.overrides import compose, unknown_trainer_arguments
+from src.cli.quoting import command_line, resume_override
+from src.cli.resume import COMMAND, resumed_overrides
+from src.cli.typed import built, typed
 from src.interop.locate import locate
 from src.runs import launch, processes
 from src.runs.record import RunRecord, read_record
-from src.training.config import TrainConfig, TrainerConfig
+from src.training.config import TrainConfig
 
 if TYPE_CHECKING:  # a wrong command line is answered without the seconds that these imports take
     from lightning.pytorch import Trainer
@@ -46,10 +45,11 @@ def check(cfg: DictConfig) -> TrainConfig:
         ValueError: every problem that can be found without reading the text or building the model, one per line.
     """
     config = typed(cfg, TrainConfig)
-    found = [*_unknown_arguments(config.trainer), *launch.problems_of_devices(config.trainer.model_dump())]
+    trainer = config.trainer.model_dump()
+    found = [*unknown_trainer_arguments(trainer), *launch.problems_of_devices(trainer)]
     try:
         if not (config.weights or config.ckpt_path):
-            config.accumulated(launch.planned_count(config.trainer.model_dump()))
+            config.accumulated(launch.planned_count(trainer))
         if config.weights and not config.resume:
             locate(config.weights)
     except ValueError as error:
@@ -62,14 +62,6 @@ def check(cfg: DictConfig) -> TrainConfig:
     if found:
         raise ValueError("\n".join(found))
     return config
-
-
-def _unknown_arguments(trainer: TrainerConfig) -> list[str]:
-    new = set(trainer.model_extra or {}) - set(OmegaConf.load(app.CONF / "trainer" / "default.yaml"))
-    unknown = new - trainer_arguments() if new else set()
-    return [
-        f"trainer.{key} is not an argument of Lightning's Trainer; leave out +trainer.{key}" for key in sorted(unknown)
-    ]
 
 
 def train(cfg: DictConfig, folder: Path) -> Run:
@@ -87,7 +79,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         raise ValueError(f"resume={config.resume} is not the run folder {folder}; use resume={folder}")
     from lightning.pytorch import seed_everything
 
-    from src.checkpoint.interruption import Interrupted, Interruption
+    from src.checkpoint.interruption import Interruption
     from src.runs import report
     from src.runs.fit import build_data, check_disk, fit
     from src.runs.start import find_start
@@ -100,66 +92,36 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     with (
         report.explained(config, folder, resume_override(folder)),
         Interruption(first) as interruption,
-        RunRecord(
-            folder, config.model_dump(mode="json"), command, overrides, bool(config.resume), first, processes.sweeping()
-        ) as record,
+        RunRecord(folder, config, command, overrides, writes=first, in_sweep=ranks.sweeping()) as record,
     ):
-        try:
-            start = find_start(config, folder)
-            config = start.config
-            record.update(config=config.model_dump(mode="json"))
-            watching = [instantiate(node) for node in cfg.callbacks.values() if node is not None]
-            loggers = [instantiate(node, save_dir=str(folder)) for node in cfg.logger.values() if node is not None]
-            trainer = build_trainer(config, folder, interruption, watching, loggers)
-            seed_everything(config.seed, verbose=False)
-            data = build_data(config, trainer, start)
-            batches = batches_per_epoch(trainer, len(data.train_dataloader()))
-            steps = planned_steps(trainer, batches)
-            start.check(data, batches, steps, finished=record.completed_before or not config.resume)
-            module = build_module(config, start.length(steps), start.skip_batches(data.batch_windows))
-            if start.weights is not None:
-                module.net.load_state_dict(start.weights)
-            check_disk(trainer, module, folder)
-            if config.resume and not config.dry_run:
-                report.print_changes(read_record(folder), config.model_dump(mode="json"))
-                start.take_over(folder)
-                continue_logs(trainer, start.step if start.path else -1)
-                record.start(start.step)
-            record.describe(trainer, module, data)
-            report.print_start_card(config, record.values, trainer, data, steps)
-            processes.peers().wait_for_all()
-            if not config.dry_run:
-                default = typed(compose("train", []), TrainConfig)
-                fit(start, trainer, module, data, record, default)
-            record.update(status="checked" if config.dry_run else "completed")
-        except Interrupted as interrupted:
-            report.print_interrupted(interrupted, folder, command_to_resume(folder))
-            if first:
-                requeue(interrupted)
-            raise
+        start = find_start(config, folder)
+        config = start.config
+        watching, loggers = built(config.callbacks), built(config.logger, save_dir=str(folder))
+        trainer = build_trainer(config, folder, interruption, watching, loggers, processes.world_size())
+        seed_everything(config.seed, verbose=False)
+        data = build_data(config, trainer, start)
+        batches = batches_per_epoch(trainer, len(data.train_dataloader()))
+        steps = planned_steps(trainer, batches)
+        start.check(data, batches, steps, finished=record.completed_before or not config.resume)
+        device = trainer.strategy.root_device.type
+        module = build_module(config, device, start.length(steps), start.skip_batches(data.batch_windows))
+        start.load(module)
+        check_disk(trainer, module, folder)
+        if config.resume and not config.dry_run:
+            report.print_changes(read_record(folder), config.model_dump(mode="json"))
+            start.take_over(folder)
+            continue_logs(trainer, start.step if start.path else -1)
+            record.start(start.step)
+        record.describe(config, trainer, module, data)
+        report.print_start_card(config, record.values, trainer, data, steps)
+        processes.wait_for_all()
+        if not config.dry_run:
+            fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
+        record.update(status="checked" if config.dry_run else "completed")
     report.print_summary(record.values, folder)
     return Run(folder, trainer, module, data, record.values)
 
 
-def _run(cfg: DictConfig) -> float | None:
-    """One Hydra job; its objective is the final validation loss."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        if processes.world_size() == 1 and (count := launch.devices_here(cfg)) > 1:
-            launch.start(list(HydraConfig.get().overrides.task), count, folder)
-            return read_record(folder).get("val_loss")
-        if processes.rank():
-            processes.be_quiet()
-        return train(cfg, folder).record.get("val_loss")
-    except BaseException as error:
-        error.told = processes.told_elsewhere(error) or getattr(error, "told", False)
-        raise
-    finally:
-        kept = processes.sweeping() or (folder / "run.json").exists()
-        if not kept and processes.rank() == 0:
-            app.close_log_files(folder)
-            remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
-
-
 if __name__ == "__main__":
-    app.launch("train", _run, check, resumed_overrides, processes.agree_on_arguments)
+    job = ranks.job(lambda cfg, folder: train(cfg, folder).record.get("val_loss"))  # the objective of a sweep
+    app.launch("train", job, check, resumed_overrides, ranks.agree_on_arguments)

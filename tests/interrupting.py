@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src.cli.overrides import CONF
-from src.cli.resume import quoted
+from src.cli.quoting import quoted
 from src.runs.record import read_record
 
 OWN_EXIT = {"TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT, "KILL": -signal.SIGKILL}

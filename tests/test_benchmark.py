@@ -1,6 +1,5 @@
 """What is measured is what is said to be measured."""
 
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import column
+from torch import nn
 
 from src.bench.machine import work
 from src.bench.rivals import Rival
@@ -16,7 +16,6 @@ from src.cli.overrides import CONF
 from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT
-from src.model.linear import Linear
 
 SMALL = GPTConfig(context_length=1024, qkv_bias=True, tie_weights=True)
 
@@ -27,8 +26,8 @@ def test_operations_per_token():
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_weights": True}])
 def test_the_weights_that_multiply_are_those_of_linear_layers(tiny, changes):
-    net = GPT(dataclasses.replace(tiny, **changes))
-    weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, Linear))
+    net = GPT(tiny.changed(**changes))
+    weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
     assert multiplying_parameters(net.config) == weights
 
 
@@ -91,15 +90,15 @@ def test_everything_at_once(tmp_path, text):
 
 
 BAD = {
-    "measure=[speed]": "measure=[training]",
-    "measure=[]": "measure=[training]",
-    "peers=[nanogpt]": "peers=[book]",
+    "measure=[speed]": "'measure=[\"training\"]'",
+    "measure=[]": "'measure=[\"training\"]'",
+    "peers=[nanogpt]": "'peers=[\"book\"]'",
     "rounds=0": "rounds=5",
     "new_tokens=1000": "new_tokens=248",
     "measure=[preparation]": "source=<a txt",
     "source=nowhere.txt": "source=nowhere.txt does not exist",
     "output=LICENSE": "output=<a new file>",
-    "weights=gpt2": "leave them away",
+    "weights=gpt2": "weights=gpt2 makes no difference to speed; leave it out",
     "peers_precision=fp8": "peers_precision=32-true",
 }
 

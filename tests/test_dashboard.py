@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -14,11 +15,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import column, metrics_of
+from lightning.pytorch.loggers import Logger, WandbLogger
 
-from src.callbacks.dashboard import Dashboard
+from src.callbacks.tensorboard import TensorBoard
 from src.cli.overrides import CONF
 
 COMMAND = re.search(r"^tensorboard --logdir outputs (.*)$", (CONF.parent / "README.md").read_text(), re.M)[1]
@@ -110,11 +113,11 @@ def test_tensorboard_serves_everything(outputs):
 def test_texts_and_images_of_every_step(tmp_path):
     import numpy as np
 
-    logger = Dashboard(tmp_path / "outputs" / "run")
+    logger = TensorBoard(tmp_path / "outputs" / "run")
     logger.log_metrics({"val/loss": 1.0}, 0)
     for step in range(30):
-        logger.experiment.add_text("samples", f"text {step}", step)
-        logger.experiment.add_image("plots/loss", np.zeros((3, 4, 4)), step)
+        logger.log_text("samples", columns=["text"], data=[[f"text {step}"]], step=step)
+        logger.log_image("plots/loss", [np.zeros((4, 4, 3))], step=step)
     logger.finalize("success")
     with tensorboard(tmp_path / "outputs") as address:
         texts = get(address, "plugin/text/text?run=run&tag=samples%2Ftext_summary")
@@ -123,12 +126,48 @@ def test_texts_and_images_of_every_step(tmp_path):
         assert [image["step"] for image in images] == list(range(30))
 
 
+class WandbLike(Logger):
+    """Takes plots and texts by the methods that Lightning's WandbLogger has, which needs an account."""
+
+    name = version = "wandb"
+    calls: ClassVar[list] = []
+
+    def __init__(self, save_dir):
+        super().__init__()
+        self.calls.clear()
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_image(self, *args, **kwargs):
+        self.calls.append(inspect.signature(WandbLogger.log_image).bind(self, *args, **kwargs).arguments)
+
+    def log_text(self, *args, **kwargs):
+        self.calls.append(inspect.signature(WandbLogger.log_text).bind(self, *args, **kwargs).arguments)
+
+
+def test_another_logger_gets_plots_and_texts(tiny_run):
+    tiny_run("trainer.max_steps=1", "+logger.mine._target_=test_dashboard.WandbLike")
+    texts = [call for call in WandbLike.calls if call["key"] == "samples"]
+    assert [text["step"] for text in texts] == [0, 1]
+    for text in texts:
+        ((entry,),) = text["data"]
+        assert len(text["columns"]) == 1
+        assert entry.count("Every effort moves you") == 2
+    images = {call["key"]: call["images"] for call in WandbLike.calls if call not in texts}
+    assert set(images) == {"plots/loss", "plots/perplexity"}
+    assert [image.shape for image in images["plots/loss"]] == [(840, 960, 3)]
+
+
 def test_resumed_twice_before_the_eyes_of_a_server(tmp_path):
     """Each time killed in the middle of a record; the curves go on behind steps 3 and 5."""
     expected = []
     with contextlib.ExitStack() as stack:
         for first in 1, 4, 6:
-            logger = Dashboard(tmp_path / "run")
+            logger = TensorBoard(tmp_path / "run")
             if first > 1:
                 logger.resume(first - 1)
             logger.log_hyperparams({"seed": first})

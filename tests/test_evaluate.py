@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from src import evaluate
 from src.cli.overrides import compose
+from src.cli.text_of_run import with_data_of_run
 from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
-from src.evaluate import with_data_of_run
 from src.evaluation.losses import _batches, text_loss, unigram_loss
-from src.evaluation.tasks import lambada, likelihoods, multiple_choice, read_passages, read_questions
 from src.interop.weights import save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
@@ -177,8 +176,8 @@ def test_a_run_whose_text_changed_or_went(tiny_run, command, text, tmp_path, mon
     text.rename(tmp_path / "moved.txt")
     status, _, err = command("evaluate", *common)
     assert (status, err.count("\n")) == (1, 1)
-    assert f"error: data.path={text}, which weights={trained.folder} was trained on, is not there" in err
-    assert err.endswith(": data.path=<where it is now>, or data=<another text>\n")
+    assert f"error: data.path={text}, which weights={trained.folder} was trained on, does not exist" in err
+    assert err.endswith("; use data.path=<where it is now>, or data=<another text>\n")
     status, _, err = command("evaluate", *common, f"data.path={tmp_path / 'moved.txt'}")
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(trained.record["val_loss"], abs=1e-4)  # the cut is the run's all the same
@@ -198,7 +197,7 @@ def test_weights_of_no_run_or_of_several_ask_for_a_text(tiny_run, command, small
     for asked in [f"weights={small_weights}"], ["-m", f"weights={one},{other}"]:
         status, _, err = command("evaluate", *asked)
         assert (status, err.count("\n")) == (1, 1)
-        assert err.endswith(": data=story, or data=text data.path=<a text>\n")
+        assert err.endswith("; use data=story, or data=text data.path=<a text>\n")
     assert list(tmp_path.glob("outputs")) == []
     assert f"++data.path='{text}'" in with_data_of_run([f"weights={lone}"])
     assert with_data_of_run([f"weights={lone}", "data=story"]) == [f"weights={lone}", "data=story"]
@@ -217,7 +216,7 @@ def test_a_loss_that_is_no_number(command, small_net, text, tmp_path):
         "evaluate", f"weights={tmp_path / 'huge.pt'}", f"data.path={text}", f"hydra.run.dir={tmp_path / 'out'}"
     )
     assert status == 1
-    assert "have a loss of nan: weights=<another checkpoint>" in out or "have a loss of inf: weights=<" in out
+    assert "have a loss of nan; use weights=<another checkpoint>" in out or "have a loss of inf; use weights=<" in out
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
@@ -263,78 +262,6 @@ def test_several_weights_give_one_table(command, small_weights, tiny_run, text, 
     assert [float(row.split()[0]) for row in table[1:3]] == pytest.approx(sorted(losses), rel=1e-4)
 
 
-def test_likelihoods_are_those_of_the_text(small_net):
-    tokenizer = gpt2_tokenizer()
-    pairs = [("The river did not", " say"), ("", "So"), ("a " * 60, "long one ends here"), ("It was for you ", "all")]
-    found = likelihoods(small_net, pairs, tokenizer, batch_size=3)
-    for (context, continuation), one in zip(pairs, found, strict=True):
-        whole = encode(context + continuation).tolist()
-        count = len(whole) - len(encode(context.rstrip()))
-        whole = whole if context else [tokenizer.eot_token, *whole]
-        whole = torch.tensor(whole[-33:])[None]
-        with torch.no_grad():
-            steps = small_net(whole[:, :-1])[0, -count:].log_softmax(-1)
-        expected = steps.gather(-1, whole[0, -count:, None]).sum().item()
-        assert one.log_probability == pytest.approx(expected, abs=1e-3)
-        assert one.greedy == bool((steps.argmax(-1) == whole[0, -count:]).all())
-    with pytest.raises(ValueError, match="33 tokens"):
-        likelihoods(small_net, [("a", " b" * 33)], tokenizer)
-
-
-def greedy_word(net: GPT, context: str) -> str:
-    with torch.no_grad():
-        token = net(torch.from_numpy(encode(context).astype(np.int64))[None])[0, -1].argmax().item()
-    return gpt2_tokenizer().decode([token])
-
-
-def test_lambada_counts_last_words(small_net, tmp_path):
-    contexts = [c for c in (f"It was {n} and" for n in range(200)) if greedy_word(small_net, c)[1:].isalpha()]
-    contexts = [c for c in contexts if greedy_word(small_net, c).startswith(" ")][:3]
-    lines = [c + greedy_word(small_net, c) for c in contexts] + ["It was never so"]
-    file = tmp_path / "lambada.jsonl"
-    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    found = lambada(small_net, read_passages(str(file)), gpt2_tokenizer(), batch_size=3)
-    assert found["accuracy"] == 0.75
-    assert found["passages"] == 4
-    words = [(line.rpartition(" ")[0], " " + line.rpartition(" ")[2]) for line in lines]
-    mean = sum(one.log_probability for one in likelihoods(small_net, words, gpt2_tokenizer())) / 4
-    assert found["perplexity"] == pytest.approx(math.exp(-mean))
-
-
-def test_multiple_choice_with_and_without_normalisation(small_net, tmp_path):
-    question = {
-        "activity_label": "Rowing", "ctx_a": "A ferry crosses.", "ctx_b": "the woman", "ind": 3,
-        "endings": ["pulls.", "sings a long song about the river [step] and the rain", "is"],
-    }  # fmt: skip
-    texts = ["pulls.", "sings a long song about the river and the rain", "is"]
-    pairs = [("Rowing: A ferry crosses. The woman", f" {text}") for text in texts]
-    scores = [one.log_probability for one in likelihoods(small_net, pairs, gpt2_tokenizer())]
-    best = scores.index(max(scores))
-    per_character = [score / len(text) for score, text in zip(scores, texts, strict=True)]
-    best_normalised = per_character.index(max(per_character))
-    assert best != best_normalised
-    file = tmp_path / "choices.jsonl"
-    question["ind"] = "\u2028"  # a line break for some, not for JSON
-    for label in range(3):
-        file.write_text("\ufeff" + json.dumps({**question, "label": str(label)}, ensure_ascii=False) + "\n\n")
-        found = multiple_choice(small_net, read_questions(str(file)), gpt2_tokenizer())
-        assert found == {"accuracy": label == best, "accuracy_normalised": label == best_normalised, "questions": 1}
-
-
-def test_tasks_through_the_command(command, small_weights, text, tmp_path):
-    words, choices = tmp_path / "words.jsonl", tmp_path / "choices.jsonl"
-    words.write_text('{"text": "It was for you"}\n')
-    choices.write_text('{"ctx": "So", "endings": ["it", "was"], "label": 1}\n')
-    status, out, _ = command(
-        "evaluate", f"weights={small_weights}", f"data.path={text}", f"lambada={words}", f"multiple_choice={choices}",
-        f"hydra.run.dir={tmp_path / 'out'}", "surprises=3",
-    )  # fmt: skip
-    assert status == 0
-    for line in "lambada accuracy", "lambada perplexity", "multiple choice accuracy normalised", "unigram loss":
-        assert f"\n{line} " in out
-    assert (tmp_path / "out" / "evaluate.log").exists()
-
-
 BAD = {
     "weights=nowhere": "none of gpt2",
     "weights=W split=test": "split=val",
@@ -342,18 +269,13 @@ BAD = {
     "weights=W stride=33": "stride=32",
     "weights=W context_length=64": "context_length=32",
     "weights=W data.path=nowhere": "data.path=nowhere does not exist",
-    "weights=W lambada=nowhere": "lambada=nowhere is no file",
-    "weights=W lambada=W": "lambada=",
-    "weights=W lambada=E": "is empty",
-    "weights=W lambada=L": "line 2 has no text of several words",
-    "weights=W multiple_choice=L": "line 1 has no ctx, endings and label",
-    "weights=W multiple_choice=T": "line 1 is no JSON",
+    "weights=W context_length=64 data.context_length=16": "use context_length=16",
+    "weights=W tasks=hellaswag": 'use \'tasks=["lambada_openai","hellaswag"]\'',
+    "weights=W tasks_path=nowhere": "use tasks_path=<a folder of task files>",
+    "weights=W tasks_limit=0": "use tasks_limit=null",
     "weights=null": "weights=gpt2",
-    "weights=W lambada=[a]": "lambada",
-    "weights=W lambada=~nosuch/x": "lambada",
     "weights=W data.stride=4": "stride=4",
     "weights=W stride=64 context_length=16": "stride=16",
-    "weights=W multiple_choice=LONG": "multiple_choice=null",
     "weights=W surprises=-1": "surprises=20",
     "weights=W device=quantum": "device=auto",
     "weights=W data.batch_size=0": "data.batch_size=2",
@@ -368,14 +290,10 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_mistakes_are_one_line_with_their_cure(command, small_weights, text, tmp_path, arguments):
     cure = BAD[arguments]
-    small = GPT(GPTConfig(61, 16, 24, 3, 2))
+    small = GPT(GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=2))
     save_weights(small, tmp_path / "small.pt")
-    (tmp_path / "empty").write_text("\n\n")
-    (tmp_path / "lines").write_text('{"text": "two words"}\n{"text": "one"}\n')
-    for letter, file in ("W", small_weights), ("S", tmp_path / "small.pt"), ("E", tmp_path / "empty"), ("T", text):
+    for letter, file in ("W", small_weights), ("S", tmp_path / "small.pt"):
         arguments = arguments.replace(f"={letter}", f"={file}")
-    (tmp_path / "long").write_text(json.dumps({"ctx": "So", "endings": ["it", "was " * 40], "label": 0}))
-    arguments = arguments.replace("=LONG", f"={tmp_path / 'long'}").replace("=L", f"={tmp_path / 'lines'}")
     given = [f"data.path={text}"] if "data.path" not in arguments else []
     status, out, err = command("evaluate", *arguments.split(), *given, f"hydra.run.dir={tmp_path / 'out'}")
     assert status == 1

@@ -63,7 +63,7 @@ def run_folder(tmp_path_factory):
 def test_transformers_takes_it_from_there(command, run_folder, tmp_path):
     status, out, err = command("export", f"weights={run_folder}", f"output={tmp_path / 'hf'}")
     assert status == 0, err
-    assert "leaving 47 padded rows of the vocabulary out" in err
+    assert "leaving out 47 padded rows of the vocabulary" in err
     assert "the largest difference of a logit is 0" in out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -159,10 +159,12 @@ def test_what_transformers_trained_further_comes_back(command, small_weights, sm
 
 
 def test_a_vocabulary_of_its_own_goes_without_a_tokenizer(command, tmp_path):
-    save_weights(GPT(GPTConfig(61, 16, 24, 3, 2)), tmp_path / "small.pt")
+    save_weights(
+        GPT(GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=2)), tmp_path / "small.pt"
+    )
     status, _, err = command("export", f"weights={tmp_path / 'small.pt'}", f"output={tmp_path / 'hf'}")
     assert status == 0
-    assert "no tokenizer files: the model knows 61 tokens" in err
+    assert "no tokenizer files: the model has 61 tokens" in err
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id is None
 
@@ -171,14 +173,14 @@ BAD = {
     "weights=W": "output is needed",
     "weights=W output=O format=gguf": "format=huggingface",
     "weights=nowhere output=O": "none of gpt2",
-    "weights=W output=W": "is there already",
+    "weights=W output=W": "already exists",
     "weights=W output=null": "output=my_model",
     "weights=null output=O": "weights=gpt2",
-    "weights=W output=LINK": "is there already",
+    "weights=W output=LINK": "already exists",
     "weights=W output=W/inside": "cannot be made in",
     "weights=W output=/proc/x": "output=<a folder elsewhere>",
-    "weights=W output=FULL": "is there already",
-    "weights=W output=/": "output=/ is there already: output=<a new folder>",
+    "weights=W output=FULL": "already exists",
+    "weights=W output=/": "output=/ already exists; use output=<a new folder>",
     f"weights=W output={'x' * 300}": "output=<a folder elsewhere>",
 }
 
@@ -200,8 +202,9 @@ def test_mistakes_are_one_line_and_write_nothing(command, small_weights, tmp_pat
     assert (full / "precious").read_text() == "mine"
 
 
-def test_a_copy_that_differs_is_not_left_behind(command, small_weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("src.interop.weights.load_weights", lambda *_, **__: GPT(GPTConfig(50257, 32, 32, 4, 2)).eval())
+def test_a_copy_that_differs_is_not_left_behind(command, small_weights, small_net, tmp_path, monkeypatch):
+    other = GPT(small_net.config).eval()
+    monkeypatch.setattr("src.interop.weights.load_weights", lambda *_, **__: other)
     status, out, err = command("export", f"weights={small_weights}", f"output={tmp_path / 'hf'}")
     assert (status, out) == (1, "")
     assert "would be another model" in err
@@ -218,7 +221,7 @@ def test_a_full_disk_is_one_line(small_weights, tmp_path):
         )  # fmt: skip
         assert done.returncode == 1
         assert done.stderr.startswith("error: output=out/there could not be written")
-        assert done.stderr.endswith(": output=<a folder elsewhere>\n")
+        assert done.stderr.endswith("; use output=<a folder elsewhere>\n")
         assert done.stderr.count("\n") == 1
         assert list((tmp_path / "out").iterdir()) == []
 
@@ -235,7 +238,7 @@ def test_a_failed_job_fails_the_sweep(command, small_weights, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     status, _, err = command("export", "-m", f"weights={small_weights}", "format=book,weights", "output=same")
     assert status == 1
-    assert "output=same is there already" in err
+    assert "output=same already exists" in err
 
 
 def test_an_empty_folder_may_be_the_output(command, small_weights, tmp_path):

@@ -62,7 +62,7 @@ def test_stopped_before_the_update(tiny_run, at_batch, tmp_path, place, trials):
 
     at_batch(6, act)
     with pytest.raises(
-        NonFiniteError, match=r"step 7 was not made: .* in .*non_finite\.json: optimizer\.learning_rate="
+        NonFiniteError, match=r"step 7 was not made: .* in .*non_finite\.json; use optimizer\.learning_rate="
     ):
         tiny_run(*COMMON, folder=folder)
     for name, value in seen["module"].net.state_dict().items():
@@ -99,40 +99,26 @@ def test_report_names_the_text(tiny_run, at_batch, tmp_path):
         assert window["text"] == token_ids_to_text(torch.tensor(window["tokens"]))
 
 
-def test_rollback_leaves_the_text_out_and_goes_on(tiny_run, at_batch, tmp_path):
-    at_batch(6, through_weight(math.nan))
-    run = tiny_run(*COMMON, "finite_guard=rollback", "trainer.log_every_n_steps=1", folder=tmp_path / "run")
+def test_continued_without_the_text(tiny_run, at_batch, tmp_path):
+    at_batch(6, through_loss(math.nan))
+    folder = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match=r"resume=.*run 'skip_batches=\[6\]'"):
+        tiny_run(*COMMON, folder=folder)
+    run = tiny_run(*COMMON, "skip_batches=[6]", resume=folder)
     assert run.record["status"] == "completed"
     assert run.record["optimizer_steps"] == 12
-    assert run.record["skipped_batches"] == [6]
     assert run.record["tokens_seen"] == 11 * 64
     assert column(run, "step") == list(range(13))
     assert len(column(run, "train/loss")) == 11  # step 7 had nothing to train on
     assert all(map(math.isfinite, column(run, "train/loss")))
-    again = tiny_run(*COMMON, "finite_guard=rollback", "trainer.max_epochs=2", "schedule.on_resume=keep",
-                     resume=run.folder)  # fmt: skip
-    assert again.module.skipped_batches == {6}
+    again = tiny_run(*COMMON, "trainer.max_epochs=2", "schedule.on_resume=keep", resume=run.folder)
+    assert again.module.skip_batches == {6}
     assert read_checkpoint(run.folder / "checkpoints" / "last.ckpt")["skipped_batches"] == [6]
 
 
-def test_rollbacks_are_bounded(tiny_run, monkeypatch, tmp_path):
-    from src.training.module import PretrainingModule
-
-    training_step = PretrainingModule.training_step
-
-    def step(self, batch, batch_idx):
-        loss = training_step(self, batch, batch_idx)
-        return loss * math.nan if loss is not None and self._batch > 3 else loss
-
-    monkeypatch.setattr(PretrainingModule, "training_step", step)
-    with pytest.raises(NonFiniteError):
-        tiny_run(*COMMON, "finite_guard=rollback", folder=tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["skipped_batches"] == [4, 5, 6]
-
-
-def test_no_checkpoint_to_roll_back_to(tiny_run, at_batch, tmp_path):
-    at_batch(1, through_loss(math.nan))
-    with pytest.raises(
-        NonFiniteError, match=r"step 2 was not made: .*; no checkpoint .* yet: checkpoint\.every_steps="
-    ):
-        tiny_run(*COMMON, "finite_guard=rollback", "eval.every_steps=1000", folder=tmp_path / "run")
+def test_a_step_of_skipped_batches_changes_nothing(tiny_run, tmp_path):
+    one, two = (
+        tiny_run(*COMMON, "skip_batches=[3]", f"trainer.max_steps={steps}", "schedule=constant") for steps in (3, 4)
+    )
+    weights = [run.module.net.state_dict() for run in (one, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

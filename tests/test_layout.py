@@ -1,8 +1,10 @@
-"""The house stands as drawn: imports go down only, and the README's tree is the disk's."""
+"""The rooms of src/: imports go down only, files are short, and the README's map is true."""
 
 import ast
+import graphlib
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,40 +14,22 @@ from src.cli.overrides import CONF
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()
 
-# room: the rooms it may import from (itself included)
-ALLOWED = {
-    "files": {"files"},
-    "model": {"model"},
-    "tokenizer": {"tokenizer"},
-    "figure": {"figure"},
-    "data": {"files", "data", "tokenizer"},
-    "generation": {"generation", "model", "tokenizer"},
-    "interop": {"files", "interop", "model", "training"},
-    "bench": {"files", "bench", "data", "generation", "model", "tokenizer", "training"},
-    "evaluation": {"files", "evaluation", "figure", "generation", "model", "tokenizer"},
-    "training": {"files", "training", "generation", "model", "tokenizer"},
-    "callbacks": {"files", "callbacks", "figure", "training", "generation", "model", "tokenizer"},
-}
-ENTRIES = {
-    "train",
-    "generate",
-    "evaluate",
-    "export",
-    "prepare",
-    "verify_resume",
-    "benchmark",
-    "cli",
-    "streams",
-    "help",
-    "record",
-    "report",
-    "resume",
-    "continuation",
-    "sweep",
-    "trainer",
-    "processes",
-    "launch",
-}
+# A file imports from its own room and from those of lower levels only. "__init__" is src/__init__.py.
+LEVELS = [
+    {"__init__", "files", "tokenizer", "device", "config"},
+    {"model"},
+    {"kernels"},
+    {"data", "generation"},
+    {"checkpoint"},
+    {"interop", "evaluation", "training"},
+    {"callbacks"},
+    {"runs", "bench"},
+    {"cli"},
+    {"train", "generate", "evaluate", "export", "prepare", "benchmark"},
+]
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+DOORS = LEVELS[-1]
+WITHOUT_LIGHTNING = {*LEVELS[0], "model", "kernels", "generation"}
 
 
 def tracked(*patterns: str, root: Path = ROOT) -> list[str]:
@@ -81,82 +65,129 @@ def test_what_a_user_adds_to_the_checkout_is_not_the_projects(tmp_path):
     assert tracked("src/*.py", root=tmp_path) == ["src/new.py", "src/old.py"]
 
 
-def imports(path: str) -> set[str]:
+def parse(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+def imports(nodes: Iterable[ast.AST]) -> set[str]:
+    """What import statements among ``nodes`` name: ``src.files``, ``src.files.write_json``, ``torch``."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{name.name}" if node.module == "src" else node.module for name in node.names}
+            module = "." * node.level + (node.module or "")
+            found |= {f"{module}.{name.name}" for name in node.names}
     return found
+
+
+def file_of(name: str) -> str | None:
+    """The file that an import of ``name`` reads, if it is one of ours."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = "/".join(parts[:count])
+        for file in (f"{path}.py", f"{path}/__init__.py"):
+            if file in SOURCES:
+                return file
+    return None
 
 
 def room_of(path: str) -> str:
     return path.split("/")[1].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", [path for path in tracked("src/*.py") if path != "src/__init__.py"])
+def packages(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+SOURCES = tracked("src/*.py")
+# Function-level and TYPE_CHECKING imports included:
+IMPORTS = {path: imports(ast.walk(parse(path))) for path in SOURCES}
+
+
+def test_every_file_is_in_a_room():
+    assert {room_of(path) for path in SOURCES} <= set(LEVEL_OF)
+
+
+@pytest.mark.parametrize("path", SOURCES)
 def test_imports_go_down_only(path):
-    room = room_of(path)
-    if room in ENTRIES:
-        return  # entries may import everything
-    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("src.")}
-    assert rooms <= ALLOWED[room]
-    packages = {name.split(".")[0] for name in imports(path)}
-    assert not packages & {"hydra", "omegaconf"}
-    if room in ("model", "generation", "tokenizer"):
-        assert "lightning" not in packages
+    assert not [name for name in IMPORTS[path] if name.startswith(".")], "relative"
+    room, own = room_of(path), [file_of(name) for name in IMPORTS[path] if name.startswith("src.")]
+    assert None not in own
+    wrong = {file for file in own if room_of(file) != room and LEVEL_OF[room_of(file)] >= LEVEL_OF[room]}
+    assert not wrong
+    if room != "cli" and room not in DOORS:
+        assert not packages(IMPORTS[path]) & {"hydra", "omegaconf"}
+    if room in WITHOUT_LIGHTNING:
+        assert "lightning" not in packages(IMPORTS[path])
 
 
-def test_nothing_of_pytorch_or_lightning_before_the_overrides_are_checked():
-    for path in [*(f"src/{name}.py" for name in ENTRIES), *tracked("src/*/config.py")]:
-        tree = ast.parse((ROOT / path).read_text())
-        top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
-        top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert not {name.split(".")[0] for name in top} & {"torch", "lightning"}, path
+def test_no_file_imports_itself_through_others():
+    graph = {path: {file_of(name) for name in names} - {None, path} for path, names in IMPORTS.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if room_of(path) in {*DOORS, "cli", "config"} or path.endswith("/config.py")]
+)
+def test_no_pytorch_or_lightning_before_the_overrides_are_checked(path):
+    """Neither at the top of the file, nor of a file that it imports there."""
+    seen, pending = set(), [path]
+    while pending:
+        file = pending.pop()
+        seen.add(file)
+        names = imports(parse(file).body)
+        assert not packages(names) & {"torch", "lightning"}, file
+        pending += {file_of(name) for name in names} - {None} - seen
+
+
+# May only shrink.
+LONG = {
+    "src/benchmark.py",  # three measurements, from the processes to the table
+    "src/callbacks/plots.py",  # one figure: steps, evaluations, learning rate and tokens
+    "src/cli/app.py",  # all that stands between a mistyped override and its one-line answer
+    "src/cli/resume.py",  # which run is meant, its overrides, and whether they may be trusted
+    "src/data/datamodule.py",  # the whole path of one batch
+    "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
+    "src/data/prepare.py",  # from files to shards, and whether a folder may be continued
+    "src/data/shard_writer.py",  # one writer, and all that a kill may leave
+    "src/data/tokens.py",  # a corpus as tokens, and the cache of them that processes share
+    "src/data/windows.py",  # windows, their order, and each rank's part of it
+    "src/evaluate.py",  # which text belongs to the weights, what of it is scored, and the figures
+    "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
+    "src/generate.py",  # every way for a prompt to come in and for a text to go out
+    "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
+    "src/generation/text.py",  # from prompts to texts: characters, stop strings, and the draws of each prompt
+    "src/runs/report.py",  # the start card, the summary, and what a failed run says
+    "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
+    "src/train.py",  # the main job from the overrides to the summary
+    "src/training/config.py",  # five sections of the config with all their limits
+    "src/training/module.py",  # one LightningModule
+}
 
 
 def test_files_can_be_read_in_one_sitting():
-    lengths = {path: (ROOT / path).read_text().count("\n") for path in tracked("src/*.py")}
+    lengths = {path: (ROOT / path).read_text().count("\n") for path in SOURCES}
     long = {path: lines for path, lines in lengths.items() if lines > 160}
-    assert set(long) <= {
-        "src/callbacks/loss_plot.py",  # one figure: steps, evaluations, learning rate and tokens
-        "src/generate.py",  # every way for a prompt to come in and for a text to go out
-        "src/evaluate.py",  # which text belongs to the weights, what of it is scored, and the figures
-        "src/launch.py",  # devices asked for, devices there, and one process for each
-        "src/processes.py",  # how processes begin together, agree and fail together
-        "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
-        "src/resume.py",  # which run is meant, its overrides, and whether they may be trusted
-        "src/report.py",  # all that a run says of itself, before, at its end, and when it fails
-        "src/train.py",  # the main job from the overrides to the summary, told in one place
-        "src/cli.py",  # all that stands between a mistyped override and its one-line answer
-        "src/training/config.py",  # five sections of the config with all their limits
-        "src/training/module.py",  # one LightningModule
-        "src/verify_resume.py",  # a run, its double, its interruptions, and the comparison
-        "src/data/datamodule.py",  # the whole path of one batch
-        "src/data/windows.py",  # windows, their order, and each rank's part of it
-        "src/data/prepare.py",  # from files to shards, and whether a folder may be gone on with
-        "src/data/shard_writer.py",  # one writer, and all that a kill may leave behind
-        "src/data/tokens.py",  # a corpus as tokens, and the cache of them that processes share
-        "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
-        "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
-        "src/benchmark.py",  # three measurements, from the processes to the table
-        "src/generation/text.py",  # from prompts to texts: characters, stop strings, and whose draws are whose
-        "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
-        "src/training/sealed.py",  # writing, sealing, reading and distrusting one file
-    }
+    assert set(long) <= LONG
 
 
-def test_readme_tree_matches_the_disk():
-    tree = re.search(r"```text\n(.*?)```", README.split("## How it is laid out")[1], re.S)[1]
-    drawn, folders = set(), []
-    for line in tree.splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()
-        depth = len(indent) // 2
-        folders[depth:] = [name.rstrip("/")]
-        if not name.endswith("/"):
-            drawn.add("/".join(folders))
-    assert drawn == {path for path in tracked() if not path.endswith("__init__.py")}
+def test_map_in_the_readme_is_true():
+    """What it names inside a folder is what is there, all of it."""
+    drawn: dict[str, set[str]] = {}
+    folder = ""
+    for line in re.search(r"```text\n(.*?)```", README.split("## The map")[1], re.S)[1].splitlines():
+        names = re.split("  +", line.strip())[0].split()
+        if line.startswith(" "):
+            drawn[folder] |= set(names)
+        else:
+            (folder,) = names
+            drawn[folder] = set()
+    assert {"src/", "conf/", "tests/"} <= set(drawn)
+    for folder, names in drawn.items():
+        inside = {re.sub("/.*", "/", path.removeprefix(folder)) for path in tracked(folder)}
+        assert inside, folder
+        assert not names or names == inside - {"__init__.py", "README.md"}, folder
 
 
 def test_repository_speaks_of_the_project_alone():

@@ -100,3 +100,23 @@ def test_non_finite_loss_of_own_data(trainer, tmp_path, loader):
         trainer(num_sanity_val_steps=0).fit(module, loader)
     (batch,) = json.loads((tmp_path / "non_finite.json").read_text())["batches"]
     assert [window["offset"] for window in batch["windows"]] == [None] * 4
+
+
+def test_last_group_of_an_epoch_of_own_data_is_a_mean(trainer):
+    """Nine batches, four per step: the ninth is a step of its own and counts as much as the others."""
+    windows = SlidingWindowDataset(encode(story_of(300)), 16, 16)
+    loader = DataLoader(torch.utils.data.Subset(windows, range(9)), batch_size=1)
+    gradients = []
+
+    def watch(optimizer, **_) -> None:  # the last hook before the update
+        gradients.append(module.net.head.weight.grad.clone())
+
+    model = GPTConfig(context_length=16, emb_dim=32, n_heads=4, n_layers=1, drop_rate=0.0)
+    module = PretrainingModule(model, {"learning_rate": 1e-9, "weight_decay": 0.0})
+    own = trainer(max_steps=-1, max_epochs=1, accumulate_grad_batches=4, num_sanity_val_steps=0, limit_val_batches=0)
+    module.configure_gradient_clipping = watch
+    own.fit(module, loader)
+    inputs, targets = windows[8]
+    module.zero_grad()
+    module.loss(inputs[None], targets[None]).backward()
+    assert torch.allclose(gradients[-1], module.net.head.weight.grad, atol=1e-5)

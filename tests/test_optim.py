@@ -1,7 +1,6 @@
 import copy
 import io
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ def test_decay_of_a_plateau():
     """Linear is half way down at half time, 1 - sqrt at a quarter (Hägele et al. 2024)."""
     plateau = ScheduleConfig("warmup_stable_decay", warmup_steps=10, decay_steps=40, min_lr=0)
     assert learning_rate_at(80, 100, 1.0, plateau) == 0.5
-    assert learning_rate_at(70, 100, 1.0, replace(plateau, decay="sqrt")) == 0.5
+    assert learning_rate_at(70, 100, 1.0, plateau.changed(decay="sqrt")) == 0.5
     longer = [learning_rate_at(step, 200, 1.0, plateau) for step in range(60)]
     assert longer == [learning_rate_at(step, 100, 1.0, plateau) for step in range(60)]  # what was made stays true
 
@@ -75,7 +74,7 @@ def test_constant():
 
 @pytest.mark.parametrize("tie_weights", [False, True])
 def test_every_parameter_in_one_group(tiny, tie_weights):
-    net = GPT(replace(tiny, tie_weights=tie_weights, qkv_bias=True))
+    net = GPT(tiny.changed(tie_weights=tie_weights, qkv_bias=True))
     decayed, rest = parameter_groups(net, OptimizerConfig(weight_decay=0.3))
     assert decayed["weight_decay"] == 0.3
     assert rest["weight_decay"] == 0
@@ -121,11 +120,11 @@ def stepped(tiny):
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tiny, stepped, tie_weights):
     """Muon's update is the gradient's nearest orthogonal matrix, U V' of its SVD, as large as an update of AdamW's."""
     torch.manual_seed(0)
-    net = GPT(replace(tiny, tie_weights=tie_weights, qkv_bias=True))
+    net = GPT(tiny.changed(tie_weights=tie_weights, qkv_bias=True))
     other = copy.deepcopy(net)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     stepped(net, build_optimizer(net, MUON), seed=1)
-    stepped(other, build_optimizer(other, replace(MUON, name="adamw")), seed=1)
+    stepped(other, build_optimizer(other, MUON.changed(name="adamw")), seed=1)
     by_adamw = dict(other.named_parameters())
     for name, parameter in net.named_parameters():
         if not (name.startswith("blocks.") and parameter.dim() == 2):
@@ -151,7 +150,7 @@ def test_muon_goes_on_from_what_was_saved(tiny, stepped):
     saved = torch.load(file, weights_only=True)
     again = GPT(tiny)
     again.load_state_dict(saved["net"])
-    resumed = build_optimizer(again, replace(MUON, learning_rate=1.0))
+    resumed = build_optimizer(again, MUON.changed(learning_rate=1.0))
     resumed.load_state_dict(saved["optimizer"])
     for group in (*optimizer.param_groups, *resumed.param_groups):
         group["lr"] /= 2

@@ -26,14 +26,14 @@ import transformers
 from transformers.generation import logits_process
 
 FILTERS = [
-    (Sampling(0.7), [logits_process.TemperatureLogitsWarper(0.7)]),
-    (Sampling(1.0, top_k=7), [logits_process.TopKLogitsWarper(7)]),
-    (Sampling(1.0, top_p=0.6), [logits_process.TopPLogitsWarper(0.6)]),
-    (Sampling(1.0, top_p=0.001), [logits_process.TopPLogitsWarper(0.001)]),
-    (Sampling(1.0, min_p=0.08), [logits_process.MinPLogitsWarper(0.08)]),
-    (Sampling(1.0, repetition_penalty=1.3), [logits_process.RepetitionPenaltyLogitsProcessor(1.3)]),
+    (Sampling(temperature=0.7), [logits_process.TemperatureLogitsWarper(0.7)]),
+    (Sampling(temperature=1.0, top_k=7), [logits_process.TopKLogitsWarper(7)]),
+    (Sampling(temperature=1.0, top_p=0.6), [logits_process.TopPLogitsWarper(0.6)]),
+    (Sampling(temperature=1.0, top_p=0.001), [logits_process.TopPLogitsWarper(0.001)]),
+    (Sampling(temperature=1.0, min_p=0.08), [logits_process.MinPLogitsWarper(0.08)]),
+    (Sampling(temperature=1.0, repetition_penalty=1.3), [logits_process.RepetitionPenaltyLogitsProcessor(1.3)]),
     (
-        Sampling(1.4, top_k=25, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+        Sampling(temperature=1.4, top_k=25, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
         [
             logits_process.RepetitionPenaltyLogitsProcessor(1.2),
             logits_process.TemperatureLogitsWarper(1.4),
@@ -59,10 +59,10 @@ def test_same_filtered_distributions(sampling, processors):
 
 
 SHAPES = [
-    GPTConfig(97, 16, 24, 3, 2, qkv_bias=True, tie_weights=True),
-    GPTConfig(97, 32, 32, 4, 3, qkv_bias=True, tie_weights=False),
-    GPTConfig(61, 24, 20, 1, 1, qkv_bias=False, tie_weights=False),
-    GPTConfig(61, 8, 64, 8, 4, qkv_bias=False, tie_weights=True),
+    GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, qkv_bias=True, tie_weights=True),
+    GPTConfig(vocab_size=97, context_length=32, emb_dim=32, n_heads=4, n_layers=3, qkv_bias=True, tie_weights=False),
+    GPTConfig(vocab_size=61, context_length=24, emb_dim=20, n_heads=1, n_layers=1, qkv_bias=False, tie_weights=False),
+    GPTConfig(vocab_size=61, context_length=8, emb_dim=64, n_heads=8, n_layers=4, qkv_bias=False, tie_weights=True),
 ]
 
 
@@ -111,7 +111,16 @@ def test_ours_from_theirs(tmp_path, tied, sharded, safe):
     if not safe:
         as_bin(tmp_path)
     net = load_weights(tmp_path)
-    assert net.config == GPTConfig(97, 20, 24, 3, 2, 0.3, qkv_bias=True, tie_weights=tied)
+    assert net.config == GPTConfig(
+        vocab_size=97,
+        context_length=20,
+        emb_dim=24,
+        n_heads=3,
+        n_layers=2,
+        drop_rate=0.3,
+        qkv_bias=True,
+        tie_weights=tied,
+    )
     tokens = prompts(net, 4, 20)
     with torch.no_grad():
         torch.testing.assert_close(net(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)

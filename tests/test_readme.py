@@ -1,36 +1,53 @@
-"""Every command that the README shows composes, and the figures of its tables come from commands that it shows."""
+"""Every command in the READMEs composes or runs, their tables name keys that exist, and their examples work."""
 
 import functools
+import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import TINY, story_of
+from omegaconf import OmegaConf
 
-from src import benchmark, evaluate, export, generate, prepare, verify_resume
 from src.cli import overrides as cli
-from src.cli.resume import resumed_overrides, with_latest_weights
-from src.train import find_problems
+from src.cli.latest import with_latest_weights
+from src.cli.resume import resumed_overrides
 
-README = (cli.CONF.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-CHECKS = {
-    "train": find_problems,
-    "verify_resume": verify_resume.find_problems,
-    "generate": generate.find_problems,
-    "evaluate": evaluate.find_problems,
-    "export": export.find_problems,
-    "prepare": prepare.find_problems,
-    "benchmark": benchmark.find_problems,
-}
-REWRITES = {
+ROOT = cli.CONF.parent
+NAMES = ("README.md", "conf/README.md", "src/README.md", "tests/README.md")
+READMES = {name: (ROOT / name).read_text() for name in NAMES}
+
+
+def door(name: str) -> ModuleType:
+    return importlib.import_module(f"src.{name}")
+
+
+def section(name: str, heading: str) -> str:
+    """What stands under ``## heading``."""
+    return READMES[name].split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def commands_in(text: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+EXAMPLES = section("src/README.md", "Extending").split("\n### ")[1:]
+EXTENDED = [command for example in EXAMPLES for command in commands_in(example)]  # run by test_examples_of_extending
+COMMANDS = [line for text in READMES.values() for line in commands_in(text) if line not in EXTENDED]
+COMMANDS = list(dict.fromkeys(COMMANDS))
+REWRITES = {  # what becomes of a command's overrides before they are composed
     "train": resumed_overrides,
     "generate": with_latest_weights,
-    "evaluate": evaluate.with_data_of_run,
+    "evaluate": lambda overrides: door("evaluate").with_data_of_run(overrides),
     "export": with_latest_weights,
 }
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
@@ -40,7 +57,7 @@ def test_two_set_up_commands_are_one_line_each():
     main, test = (line for line in COMMANDS if "-m venv" in line)
     assert main.endswith("python -m src.train model=gpt2_small trainer.max_epochs=10")
     assert test.endswith("pytest -n 2")
-    assert BLOCKS[0].count("\n") == 1
+    assert re.findall(r"```bash\n(.*?)```", READMES["README.md"], re.S)[0].count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,14 +73,16 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     file = tmp_path / "given.txt"
     file.write_text("text")
     overrides = shlex.split(arguments, comments=True)
-    check = CHECKS[name]
+    check = door(name).check
     if name == "generate":
-        overrides, raw = app.take_out(overrides, generate.RAW)
+        overrides, raw = cli.take_out(overrides, door("generate").RAW)
         raw["prompt_file"] = [str(file) for _ in raw["prompt_file"]]
         monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
         check = functools.partial(check, raw=raw)
     if importlib.util.find_spec("litgpt") is None:
         overrides = [override for override in overrides if not override.startswith("peers=")]
+    if importlib.util.find_spec("lm_eval") is None:
+        overrides = [override for override in overrides if not override.startswith("tasks=")]
     overrides = [
         override if override.startswith("output=") else re.sub(r"=(outputs|my|path)\S*$", f"={file}", override)
         for override in overrides
@@ -83,14 +102,14 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
 
 
 def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path, monkeypatch):
-    """All but those that want a run which was interrupted, or GPT-2's weights."""
+    """All but those that want a run which was interrupted, GPT-2's weights, or tasks from the network."""
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY, "data=text", f"data.path={text}", "data.batch_size=25", "trainer.max_epochs=3"]
     assert command("train", *tiny, "callbacks=none")[0] == 0
     commands = [(name, shlex.split(arguments)) for name, arguments in OWN]
     commands = [(name, given) for name, given in commands if "latest" in " ".join(given) and given != ["resume=latest"]]
-    commands = [(name, given) for name, given in commands if "gpt2" not in " ".join(given)]
-    assert len(commands) == 8
+    commands = [given for given in commands if not re.search("gpt2|skip_batches|tasks", " ".join(given[1]))]
+    assert len(commands) == 9
     for name, given in commands:
         short = (
             ["trainer.max_steps=2", "callbacks=none", "eval.max_tokens=512"]
@@ -101,33 +120,146 @@ def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path,
         assert status == 0, f"{name} {given}: {out} {err}"
 
 
+VARIANTS = {
+    "train": [[], ["optimizer=muon"], ["schedule=warmup_stable_decay"], ["data=the_verdict"]],
+    "generate": [["weights=x"]],
+    "evaluate": [["weights=x"]],
+    "export": [["weights=x", "output=y"]],
+    "prepare": [["source=x", "output=y"]],
+    "benchmark": [[]],
+}
+# In no table: choices' own names, and what Lightning documents.
+UNDOCUMENTED = r"(optimizer|schedule)\.name|trainer\..*|logger\..*|.*\._target_|.*\.format"
+
+
+def leaves(config: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"}
+    return found
+
+
+def keys_of(command: str) -> set[str]:
+    """Every key that some choice of groups gives ``command`` a value for."""
+    composed = (cli.compose(command, overrides) for overrides in VARIANTS[command])
+    return set().union(*(leaves(OmegaConf.to_container(cfg, resolve=False)) for cfg in composed))
+
+
+def names_in(cells: list[str]) -> set[str]:
+    """The keys in ``cells``; `` `a.b` `.c` `` names a.b and a.c."""
+    found = set()
+    for cell in cells:
+        names = re.findall("`(.*?)`", cell)
+        parent = names[0].rpartition(".")[0] if names else ""
+        found |= {parent + name if name.startswith(".") else name for name in names}
+    return found
+
+
 @pytest.mark.parametrize(
-    ("command", "least"), [("train", 20), ("generate", 12), ("evaluate", 5), ("benchmark", 6), ("prepare", 5)]
+    ("command", "heading"),
+    [
+        ("train", "Training"),
+        ("generate", "Generation"),
+        ("evaluate", "Evaluation"),
+        ("export", "Export"),
+        ("prepare", "Preparation"),
+        ("benchmark", "Benchmark"),
+    ],
 )
-def test_config_tables_name_keys_that_exist(command, least):
-    section = README.split("## Configuration")[1].split("\n## ")[0]
-    tables = dict(
-        zip(
-            ["train", "generate", "evaluate", "benchmark", "prepare"],
-            section.split("Those of `python -m src."),
-            strict=True,
-        )
-    )
-    keys = cli.keys_of(cli.compose(command, ["weights=x"] if command in ("generate", "evaluate") else []))
-    named = [
-        key for cell in re.findall(r"^\| (`[^|]*) \|", tables[command], re.M) for key in re.findall("`(.*?)`", cell)
-    ]
-    assert len(named) > least
-    assert set(named) <= keys
+def test_tables_name_every_key_and_no_other(command, heading):
+    text, keys = section("conf/README.md", heading), keys_of(command)
+    named = names_in(re.findall(r"^\| (`[^|]*) \|", text, re.M))
+    unknown = named - keys - {key.rpartition(".")[0] for key in keys}
+    assert not unknown
+    own = keys if command == "train" else keys - keys_of("train")
+    documented = names_in(text.splitlines())
+    missing = {key for key in own - documented if not re.fullmatch(UNDOCUMENTED, key)}
+    assert not missing
+
+
+def test_the_commonest_keys_exist():
+    keys = keys_of("train")
+    named = names_in(re.findall(r"^\| (`[^|]*) \|", section("README.md", "The commonest keys"), re.M))
+    assert len(named) in (15, 16)
+    assert named <= keys | {key.split(".")[0] for key in keys}
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name):
+    prose = re.sub(r"```.*?```", "", READMES[name], flags=re.S)
+    for link in re.findall(r"\]\((?!https?:)(.*?)\)", prose):
+        path, _, anchor = link.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file.read_text()), link
+
+
+def test_files_on_the_path_of_a_batch_exist():
+    table = section("src/README.md", "The path of one batch")
+    named = [name for row in re.findall(r"\| ([^|]*) \|$", table, re.M) for name in re.findall("`(.*?)`", row)]
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / "src" / name).exists()]
 
 
 def test_python_in_the_readme_runs(tmp_path, monkeypatch, small_weights):
     """The section on Python, as written, with a text and weights at hand."""
-    section = README.split("## In Python")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", section("src/README.md", "Use from Python"), re.S)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_text.txt").write_text(story_of(400))
     (tmp_path / "my_model").symlink_to(small_weights.parent)
     for block in blocks:
         exec(block, {})
+
+
+def apply(example: str, root: Path) -> None:
+    """Write the files of ``example`` below ``root`` and change what its diffs change."""
+    for path, kind, block in re.findall(r"`([\w/.]+)`:\n\n```(python|yaml|diff)\n(.*?)```", example, re.S):
+        if kind != "diff":
+            assert len(block.splitlines()) <= 20
+            (root / path).write_text(block)
+            continue
+        text = (root / path).read_text()
+        for change in block.split("\n\n"):
+            lines = change.splitlines()
+            old, new = ("\n".join(line[1:] for line in lines if line[0] in f" {sign}") for sign in "-+")
+            assert text.count(old) == 1, f"{path}: {old}"
+            text = text.replace(old, new)
+        (root / path).write_text(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.splitlines()[0] for example in EXAMPLES])
+def test_examples_of_extending(example, tmp_path):
+    """Applied to a copy of the project, each trains."""
+    for folder in "src", "conf":
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "my_texts").mkdir()
+    (tmp_path / "my_texts" / "text.txt").write_text(story_of(2000))
+    apply(example, tmp_path)
+    (given,) = commands_in(example)
+    overrides = shlex.split(given)[3:]
+    command = [sys.executable, "-m", "src.train", *overrides, "model=gpt2_tiny", "trainer.max_steps=3"]
+    command += ["trainer.accelerator=cpu", "hydra.run.dir=run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "completed"
+    resumed = subprocess.run(
+        [*command[:3], "resume=run", "trainer.max_steps=4", "schedule.on_resume=keep"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    if "weight_norm" in example:
+        header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+        assert "weight_norm" in header.split(",")

@@ -21,9 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.checkpoint.find import read_checkpoint
 from src.checkpoint.interruption import Interrupted
-from src.checkpoint.sealed import link
 from src.cli import overrides as cli
-from src.cli.resume import as_meant, as_typed, command_line, command_to_resume, quoted, resumed_overrides
+from src.cli.quoting import as_meant, as_typed, command_line, command_to_resume, quoted
+from src.cli.resume import resumed_overrides
+from src.files import link
 from src.runs.record import read_record, signature
 from src.training.config import ScheduleConfig
 from src.training.optim import learning_rate_at
@@ -156,7 +157,7 @@ def test_resume_takes_its_own_overrides_and_new_ones(tiny_run, tmp_path, monkeyp
         assert arguments[:4] == ["model=gpt2_tiny", "data.path='a b'", "weights=x", "seed=5"]
         cfg = cli.compose("train", arguments[:-2])
         assert (Path(cfg.resume).name, cfg.seed, cfg.data.path) == (folder.name, 5, "a b")
-    with pytest.raises(ValueError, match="has its own beginning: leave weights away"):
+    with pytest.raises(ValueError, match="starts from its own checkpoint; leave out weights"):
         resumed_overrides(["weights=y", "resume=latest"])
     assert resumed_overrides(["seed=5", "resume=null"]) == ["seed=5", "resume=null"]
     assert resumed_overrides(["resume=latest", "--cfg", "job"])[:2] == ["--cfg", "job"]
@@ -316,13 +317,13 @@ def test_a_run_that_began_with_weights_is_branched_off(command, tmp_path, text, 
 def test_what_latest_and_ckpt_path_stand_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for key in "weights", "ckpt_path":
-        with pytest.raises(ValueError, match=f"{key}=latest: there is no run in .*outputs: {key}=<run folder>"):
+        with pytest.raises(ValueError, match=f"{key}=latest finds no run in .*outputs; use {key}=<run folder>"):
             resumed_overrides([f"{key}=latest"])
     checkpoints = tmp_path / "outputs" / "a" / "b" / "checkpoints"
     checkpoints.mkdir(parents=True)
     record = {"status": "completed", "overrides": ["seed=4", "+tags=[a]", "weights=x", "data=text", "data.path=y"]}
     (checkpoints.parent / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"ckpt_path=latest: there is no checkpoint in .*: ckpt_path=<another"):
+    with pytest.raises(ValueError, match=r"ckpt_path=latest has no checkpoint in .*; use ckpt_path=<another"):
         resumed_overrides(["ckpt_path=latest"])
     for name in "last.ckpt", "best.ckpt":
         (checkpoints / name).touch()
@@ -349,7 +350,7 @@ def test_latest_is_the_one_that_can_go_on(tiny_run, tmp_path, monkeypatch):
     tiny_run(*FAST, "trainer.max_steps=1", folder=tmp_path / "outputs" / "other" / "unsaved")
     assert "resume='outputs/gpt2/trained'" in resumed_overrides(["resume=latest"])
     assert "resume='outputs/other/unsaved'" in resumed_overrides(["resume=latest", "name=other"])
-    with pytest.raises(ValueError, match=r"there is no run in .*outputs/third"):
+    with pytest.raises(ValueError, match=r"finds no run in .*outputs/third"):
         resumed_overrides(["resume=latest", "name=third"])
 
 
@@ -401,18 +402,18 @@ def test_a_check_of_overfitting_cannot_be_continued(tiny_run):
 @pytest.mark.parametrize(
     ("arguments", "record", "message"),
     [
-        (["resume=latest"], None, "resume=latest: there is no run in .*: resume=<run folder>"),
-        (["resume=nowhere"], None, "resume=nowhere is no run folder .*: resume=latest"),
-        (["-m", "resume=outputs/a/b"], {"overrides": []}, "continues one run, not a sweep: leave -m away"),
-        (["resume=outputs/a/b"], {"overrides": "no list"}, "run.json is damaged: ckpt_path="),
-        (["resume=outputs/a/b"], {"overrides": ["+callbacks.x._target_=os.system"]}, "execute os.system: give .*"),
+        (["resume=latest"], None, "resume=latest finds no run in .*; use resume=<run folder>"),
+        (["resume=nowhere"], None, "resume=nowhere is not a run folder .*; use resume=latest"),
+        (["-m", "resume=outputs/a/b"], {"overrides": []}, "cannot be part of a sweep; leave out -m"),
+        (["resume=outputs/a/b"], {"overrides": "no list"}, "damaged run.json; use ckpt_path="),
+        (["resume=outputs/a/b"], {"overrides": ["+callbacks.x._target_=os.system"]}, "execute os.system; type .*"),
         (["resume=latest"], {"overrides": ["+callbacks.x={_target_:os.system,command:ls}"]}, "would execute"),
-        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would bring hydra.run.dir=/etc along"),
-        (["resume=latest"], {"overrides": ["--config-dir=/tmp"]}, "would bring --config-dir=/tmp along"),
+        (["resume=latest"], {"overrides": ["hydra.run.dir=/etc"]}, "would use the override hydra.run.dir=/etc"),
+        (["resume=latest"], {"overrides": ["--config-dir=/tmp"]}, "would use the override --config-dir=/tmp"),
         (["resume=latest"], {"overrides": ["+callbacks.x='${oc.decode:\"{_${oc.env:NO,target}_: os.getcwd}\"}'"]},
-         "would bring .* along: give it again"),
-        (["resume=latest"], {"overrides": ["trainer.plugins=[{_target_:os.abort}]"]}, "would execute os.abort"),
-        (["resume=latest"], {"overrides": ["modle=gpt2"]}, "do not compose any more"),
+         "would use the override .*; type it again"),
+        (["resume=latest"], {"overrides": ["+trainer.plugins=[{_target_:os.abort}]"]}, "would execute os.abort"),
+        (["resume=latest"], {"overrides": ["modle=gpt2"]}, "no longer compose"),
     ],
 )  # fmt: skip
 def test_nothing_to_resume_or_not_to_be_trusted(tmp_path, monkeypatch, arguments, record, message):
@@ -699,7 +700,7 @@ def test_damaged_value_of_the_record_is_left_out(tiny_run, cut, damage):
 @pytest.mark.parametrize("content", ["[]", "{", "", "7", "[" * 100_000])
 def test_record_that_is_none_at_all(cut, content):
     (cut / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"its run\.json is damaged: ckpt_path=.*last\.ckpt$"):
+    with pytest.raises(ValueError, match=r"damaged run\.json; use ckpt_path=.*last\.ckpt$"):
         resumed_overrides([f"resume={cut}"])
     last = cut / "checkpoints" / "last.ckpt"
     assert resumed_overrides([f"ckpt_path={last}", "seed=1"]) == ["seed=1", f"ckpt_path={quoted(last)}"]  # as if alone
@@ -727,7 +728,7 @@ def test_damaged_metrics_are_kept_aside(tiny_run, cut, caplog, damage, rows):
     aside = list(cut.glob("metrics_damaged_*.csv"))
     if damaged and expected[-3] not in damaged:
         assert [path.read_bytes() for path in aside] == [damaged]
-        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows go on" in caplog.text
+        assert f"{file} is damaged and kept as {aside[0].name}; {rows} of its rows are kept" in caplog.text
     steps = [line.split(b",")[0] for line in file.read_bytes().splitlines()]
     assert steps[0] == b"step"
     assert steps[-1] == b"12"
@@ -805,4 +806,4 @@ def test_slurm_job_goes_back_into_the_queue(tiny_run, at_batch, tmp_path, monkey
     assert read_record(tmp_path / "run")["slurm_job"] == "77"
     if there:
         assert (tmp_path / "asked").read_text() == "requeue 77\n"
-    assert ("is back in the queue" if there else "could not be put back") in caplog.text
+    assert ("was requeued" if there else "could not be requeued") in caplog.text

@@ -110,7 +110,7 @@ def test_samples(finished):
 
 def test_no_two_prompts_share_their_noise(tiny_run):
     """Of a level distribution, which is what a high temperature makes, the noise alone is drawn."""
-    level = ("temperature=1e6", "top_k=null", "prompts=[So,And]", "max_new_tokens=4")
+    level = ("sampling.temperature=1e6", "sampling.top_k=null", "prompts=[So,And]", "max_new_tokens=4")
     run = tiny_run("trainer.max_steps=1", *(f"callbacks.text_samples.{setting}" for setting in level))
     drawn = re.findall(r"\*\*temperature.*\*\*\n\n> (?:So|And)((?:.|\n>)*)\n", (run.folder / "samples.md").read_text())
     assert len(drawn) == len({*drawn}) == 4  # two prompts, before and after the step
@@ -277,12 +277,12 @@ def test_progress_under_accumulation_is_the_steps_own(tiny_run, caplog):
 
 
 def test_speed_is_that_of_training_alone(tiny_run, monkeypatch):
-    """Each step takes 0.05 s at least, and the checkpoint behind it 0.5 s, which do not count."""
-    from src.training import checkpoint_io
+    """Each step takes 0.05 s at least, and the checkpoint after it 0.5 s, which do not count."""
+    from src.checkpoint import plugin
     from src.training.module import PretrainingModule
 
-    write, step = checkpoint_io.write_atomically, PretrainingModule.training_step
-    monkeypatch.setattr(checkpoint_io, "write_atomically", lambda *a, **k: (time.sleep(0.5), write(*a, **k)))
+    write, step = plugin.write_atomically, PretrainingModule.training_step
+    monkeypatch.setattr(plugin, "write_atomically", lambda *a, **k: (time.sleep(0.5), write(*a, **k)))
     monkeypatch.setattr(PretrainingModule, "training_step", lambda *a: (time.sleep(0.05), step(*a))[1])
     run = tiny_run("trainer.max_steps=6", "checkpoint.every_steps=1", "~callbacks.text_samples", "~callbacks.loss_plot")
     training = run.record["tokens_seen"] / run.record["tokens_per_second"]
@@ -292,8 +292,8 @@ def test_speed_is_that_of_training_alone(tiny_run, monkeypatch):
     assert max(rates) < run.record["tokens_seen"] / 6 / 0.05
 
 
-@pytest.mark.parametrize("wrong", ["prompts=hello", "prompts=['']", "every_n_epochs=0", "temperature=-1"])
-def test_wrong_callback_options_are_told_before_the_text_is_read(tmp_path, wrong):
+@pytest.mark.parametrize("wrong", ["prompts=hello", "prompts=['']", "every_n_epochs=0", "sampling.temperature=-1"])
+def test_wrong_callback_options_are_refused_before_the_text_is_read(tmp_path, wrong):
     done = command(tmp_path, f"callbacks.text_samples.{wrong}", "data.path=nowhere")
     assert done.returncode == 1
     assert f"error: callbacks.text_samples.{wrong.split('=')[0]}=" in done.stdout

@@ -5,16 +5,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from src.config import Config
+from src.training.config import TrainConfig
 
 PEERS = {"book": "llms_from_scratch", "transformers": "transformers", "litgpt": "litgpt"}
+PROMPT = 8  # tokens
 
 
-class BenchmarkConfig(Config):
-    """The keys that ``conf/benchmark.yaml`` adds to those of training."""
+class BenchmarkConfig(TrainConfig):
+    """The keys of training and those that ``conf/benchmark.yaml`` adds and explains."""
 
-    measure: list[Literal["training", "generation", "preparation"]] = Field(["training", "generation"], min_length=1)
-    peers: list[Literal["book", "transformers", "litgpt"]] = Field(default_factory=list)
+    measure: tuple[Literal["training", "generation", "preparation"], ...] = Field(
+        ("training", "generation"), min_length=1, examples=[["training"]]
+    )
+    peers: tuple[Literal["book", "transformers", "litgpt"], ...] = Field((), examples=[["book"]])
     peers_precision: Literal["32-true", "bf16-mixed"] = "32-true"
     rounds: int = Field(5, ge=1)
     steps: int = Field(3, ge=1)
@@ -22,13 +25,25 @@ class BenchmarkConfig(Config):
     source: str | None = None
     output: str | None = None
 
+    @property
+    def context_length(self) -> int:
+        """Tokens per training window."""
+        return self.data.context_length or self.model.context_length
+
     @model_validator(mode="after")
-    def _what_is_measured_is_there(self) -> "BenchmarkConfig":
-        found = []
+    def _can_be_measured(self) -> "BenchmarkConfig":
+        found = [
+            f"{key}={getattr(self, key)} makes no difference to speed; leave it out"
+            for key in ("weights", "ckpt_path", "resume")
+            if getattr(self, key)
+        ]
         if missing := [name for name in self.peers if not importlib.util.find_spec(PEERS[name])]:
-            found.append(f"peers=[{','.join(missing)}] is not installed: pip install -e '.[bench]'; or use peers=[]")
+            found.append(f"peers=[{','.join(missing)}] is not installed; use pip install -e '.[bench]', or peers=[]")
         if "preparation" in self.measure and not self.source:
             found.append("source=null has nothing to prepare; use source=<a txt, jsonl or parquet file>")
+        longest = self.model.context_length - PROMPT
+        if "generation" in self.measure and self.new_tokens > longest:
+            found.append(f"new_tokens={self.new_tokens} do not fit the context; use new_tokens={longest}")
         if found:
             raise ValueError("\n".join(found))
         return self

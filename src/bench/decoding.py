@@ -1,4 +1,4 @@
-"""Our own generation, timed."""
+"""Our generation, timed."""
 
 from multiprocessing.connection import Connection
 
@@ -8,17 +8,18 @@ from torch import Tensor
 from src.bench.rivals import serve
 from src.device import seconds_of
 from src.generation.decode import generate
+from src.kernels.install import pack_for_decoding
 from src.model.config import GPTConfig
 from src.model.flops import multiplying_parameters
 from src.model.gpt import GPT
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:
-    """A rival that answers a number of new tokens and a dtype by the seconds that they take, chosen greedily."""
+    """A rival that answers a number of new tokens and a dtype with the seconds that greedy decoding takes."""
     torch.manual_seed(0)
     nets = {dtype: GPT(config).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
     for net in nets.values():
-        net.pack()
+        pack_for_decoding(net)
 
     def run(new_tokens: int, dtype: torch.dtype) -> float:
         tokens = prompt.to(device)
@@ -28,5 +29,5 @@ def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str)
 
 
 def bytes_per_token(config: GPTConfig, dtype: torch.dtype) -> int:
-    """What has to be read from memory for each new token of one row: all the weights that multiply."""
+    """Bytes to read from memory for each new token of one row: all the weights that multiply."""
     return multiplying_parameters(config) * dtype.itemsize

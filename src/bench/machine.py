@@ -1,4 +1,4 @@
-"""What the machine can do: the rates of its matrix products and of reading its memory."""
+"""The rates at which the machine multiplies matrices and reads memory."""
 
 from multiprocessing.connection import Connection
 
@@ -7,11 +7,11 @@ import torch
 from src.bench.rivals import serve
 from src.device import matrix_rate, seconds_of
 
-READS = 10  # of a buffer far larger than any cache; what one of them reaches, no work does for long
+READS = 10  # of a buffer far larger than any cache; a single read is faster than any longer work
 
 
 def work(connection: Connection, device: str, dtype: torch.dtype) -> None:
-    """A rival that answers ``matrix`` (operations per second in ``dtype``) and ``read`` (bytes per second)."""
+    """A rival that answers ``matrix`` with operations per second in ``dtype``, and ``read`` with bytes per second."""
     size = 4096 if device == "cpu" else 8192
     large = torch.ones(2**28, device=device)
 

@@ -1,4 +1,4 @@
-"""Other packages' GPT models of the same size, trained and sampled as these packages do it."""
+"""Other packages' GPT models of the same size, trained and sampled as these packages do."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from src.model.config import GPTConfig
 
 
 def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor, precision: str, device: str) -> None:
-    """A rival that answers a number of steps by their seconds; ``batches`` ``(N, B, T + 1)`` are repeated.
+    """A rival that answers a number of steps with their seconds; ``batches`` ``(N, B, T + 1)`` are repeated.
 
     The book's loop neither clips nor fuses AdamW; transformers' Trainer does both; litgpt clips.
     """
@@ -42,7 +42,7 @@ def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor,
 
 
 def generate(connection: Connection, peer: str, config: GPTConfig, prompt: Tensor, device: str) -> None:
-    """A rival that answers a number of new tokens and a dtype by the seconds that they take, chosen greedily."""
+    """A rival that answers a number of new tokens and a dtype with the seconds that greedy decoding takes."""
     net, _ = _model(peer, config)
     net.to(device).eval()
 
@@ -66,7 +66,7 @@ def _continue(peer: str, net: nn.Module, tokens: Tensor, new_tokens: int, contex
 
 
 def _model(peer: str, config: GPTConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """A model of ``config``'s size, and what makes logits ``(B, T, V)`` of tokens ``(B, T)``."""
+    """A model of ``config``'s size, and its function from tokens ``(B, T)`` to logits ``(B, T, V)``."""
     if peer == "book":
         from llms_from_scratch.ch04 import GPTModel
 
@@ -82,7 +82,7 @@ def _model(peer: str, config: GPTConfig) -> tuple[nn.Module, Callable[[Tensor], 
         given = GPT2Config(**sizes, tie_word_embeddings=config.tie_weights, **drop)
         net = GPT2LMHeadModel(given)
         return net, lambda tokens: net(tokens).logits
-    from litgpt import GPT, Config  # which has no GPT-2: its layers for GPT-NeoX in GPT-2's sizes, without dropout
+    from litgpt import GPT, Config  # has no GPT-2: its layers for GPT-NeoX in GPT-2's sizes, without dropout
 
     net = GPT(
         Config(

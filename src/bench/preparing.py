@@ -1,4 +1,4 @@
-"""Text into tokens: our shards, and what tiktoken does with the same documents in memory."""
+"""Text into tokens: our shards, and tiktoken on the same documents in memory."""
 
 import tempfile
 import time
@@ -13,7 +13,7 @@ from src.tokenizer import gpt2_tokenizer
 
 
 def shards(connection: Connection, source: str, workers: int) -> None:
-    """A rival that prepares ``source``, reading and writing included, in the seconds that it answers."""
+    """A rival that prepares ``source``, reading and writing included, and answers with the seconds."""
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +27,8 @@ def shards(connection: Connection, source: str, workers: int) -> None:
 
 
 def tiktoken(connection: Connection, source: str, workers: int) -> None:
-    """A rival that encodes the documents of ``source``, already in memory, with tiktoken's own threads."""
+    """A rival that encodes the documents of ``source``, held in memory, with tiktoken's threads, and answers with the
+    seconds."""
     documents = (pieces for file in find_sources([source]) for _, pieces in read_documents(file))
     texts = ["".join(pieces) for pieces in documents if pieces is not None]
     tokenizer = gpt2_tokenizer()
@@ -41,5 +42,5 @@ def tiktoken(connection: Connection, source: str, workers: int) -> None:
 
 
 def size(source: str) -> int:
-    """The bytes of the files of ``source``."""
+    """The size of the files of ``source`` in bytes."""
     return sum(file.stat().st_size for file in find_sources([source]))

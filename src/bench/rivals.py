@@ -1,4 +1,4 @@
-"""Programs that are timed in turn, each in a process of its own."""
+"""Programs that are timed in turn, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class Rival:
-    """A process that runs ``work(connection, *given)``, which is to end in :func:`serve`; ready once made.
+    """A process that runs ``work(connection, *given)``, which must end in :func:`serve`; ready once constructed.
 
-    Processes of their own share neither allocator, nor caches, nor settings, so that each is timed, and its memory
-    counted, as if it were alone; between its turns it only holds memory.
+    Separate processes share neither allocator, nor caches, nor settings, so that each is timed, and its memory counted,
+    as if it ran alone. Between its turns a process only holds memory.
 
     Raises:
         ValueError: the process ended before it was ready.
@@ -31,12 +31,12 @@ class Rival:
         self._answer()
 
     def __call__(self, *request: Any) -> Any:
-        """What the process answers to ``request``."""
+        """The answer of the process to ``request``."""
         self._connection.send(request)
         return self._answer()
 
     def close(self) -> int:
-        """End the process; the most memory, in bytes, that it has held."""
+        """End the process and return its peak memory in bytes."""
         self._connection.send(None)
         peak = self._answer()
         self._process.join()
@@ -48,29 +48,40 @@ class Rival:
         except EOFError:
             self._process.join()
             raise ValueError(
-                f"{self.name} ended with exit status {self._process.exitcode}, for what is said above: a smaller "
-                f"data.batch_size or model, or peers=[] without it"
+                f"{self.name} ended with exit status {self._process.exitcode}, see the lines above; "
+                f"use a smaller data.batch_size or model, or peers=[] to leave it out"
             ) from None
 
 
 def serve(connection: Connection, act: Callable[..., Any]) -> None:
-    """Answer requests by ``act`` until there are no more, then tell the peak of memory."""
+    """Answer each request with ``act(*request)`` until there are no more, then report the peak memory."""
     connection.send("ready")
-    with suppress(EOFError):  # whoever asked has ended
+    with suppress(EOFError):  # the asking process has ended
         for request in iter(connection.recv, None):
             connection.send(act(*request))
         connection.send(peak_memory())
 
 
 def peak_memory() -> int:
-    """The most memory, in bytes, that this process has held so far: of the GPU where it has used one."""
-    torch = sys.modules.get("torch")  # to import it here would count as what the process needed
+    """The peak memory of this process in bytes: of the GPU if it has used one."""
+    torch = sys.modules.get("torch")  # importing it here would add to the memory
     if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage it does not count the process that started this one
+    if status.exists():  # getrusage also counts the process that started this one
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_turn(turns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """The results of each of ``turns``: called once to warm up, then one after another, ``rounds`` times."""
+    for turn in turns.values():
+        turn()
+    found: dict[str, list[Any]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            found[name].append(turn())
+    return found

@@ -1,31 +1,63 @@
-"""Our own training step, by the Trainer with everything on and by a bare loop over the same model."""
+"""Our training step, timed in the Trainer with everything on and in a bare loop over the same model."""
 
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
+from src.bench.config import BenchmarkConfig
 from src.bench.rivals import peak_memory
+from src.checkpoint.interruption import Interruption
 from src.data.datamodule import TextDataModule
 from src.device import synchronise
+from src.training.trainer import build_module, build_trainer
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
-class Pacer(Callback):
-    """Lets a Trainer make only the steps that are asked for over ``connection``, and between them the bare loop.
+def work(connection: Connection, config: BenchmarkConfig, built: Callable[..., list[Any]]) -> None:
+    """A rival: our Trainer with the callbacks and loggers that ``built`` makes of the config's nodes and, between its
+    steps, our bare loop. See :class:`Pacer` for its requests."""
+    only_steps = config.trainer.changed(
+        max_epochs=-1, max_steps=1_000_000, accumulate_grad_batches=1, enable_checkpointing=False
+    )
+    config = config.changed(trainer=only_steps, eval=config.eval.changed(every_steps=10_000_000))
+    with tempfile.TemporaryDirectory() as folder:
+        seed_everything(config.seed, verbose=False)
+        data = data_of(config)
+        pacer = Pacer(connection, data, config.trainer.gradient_clip_val or float("inf"))
+        callbacks, loggers = [*built(config.callbacks), pacer], built(config.logger, save_dir=folder)
+        trainer = build_trainer(config, Path(folder), Interruption(), callbacks, loggers)
+        trainer.fit(build_module(config, trainer.strategy.root_device.type), datamodule=data)
 
-    A request is ``("trainer" | "bare", steps)``, answered by the seconds they took, or ``("phases", steps)``, answered
-    by a list of the seconds of each of ``PHASES`` per step. A step is one batch, forwards and backwards, and an update.
+
+def data_of(config: BenchmarkConfig) -> TextDataModule:
+    """The data module of ``config``, with its text read."""
+    data = TextDataModule(**{**dict(config.data), "context_length": config.context_length, "seed": config.seed})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+class Pacer(Callback):
+    """Lets a Trainer make only the steps that are requested over ``connection``, and between them runs the bare loop,
+    whose gradients are clipped to the norm ``clip``.
+
+    A request is ``("trainer" | "bare", steps)``, answered with the seconds they took, or ``("phases", steps)``,
+    answered with the start of each step and the moments at which its ``PHASES`` ended. A step is one batch, forward and
+    backward, and an update.
     """
 
-    def __init__(self, connection: Connection, datamodule: TextDataModule) -> None:
+    def __init__(self, connection: Connection, datamodule: TextDataModule, clip: float) -> None:
         self.connection = connection
         self.batches = _endless(datamodule)
+        self.clip = clip
         self._left = 0
         self._started: float | None = None
 
@@ -57,7 +89,7 @@ class Pacer(Callback):
         self.connection.send(peak_memory())
 
     def _step(self, trainer: Trainer, pl_module: LightningModule, waiting: bool) -> list[float]:
-        """The moments at which the phases of a step ended, the first its beginning; ``waiting`` for the device."""
+        """The moments at which the phases of a step ended, after its start; ``waiting`` for the device at each."""
         net, device = pl_module.net, pl_module.device
         optimizer = trainer.optimizers[0]
         moments = [time.perf_counter()]
@@ -74,7 +106,7 @@ class Pacer(Callback):
         done()
         loss.backward()
         done()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), trainer.gradient_clip_val or float("inf"))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), self.clip)
         optimizer.step()
         optimizer.zero_grad()
         done()

@@ -1,1 +1,1 @@
-"""Watching a run: metrics, samples, plots, progress, checkpoints. Nothing here changes what is trained."""
+"""Callbacks and loggers that watch a run. None of them changes what is trained."""

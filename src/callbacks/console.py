@@ -1,4 +1,4 @@
-"""What a person sees while a run trains."""
+"""Progress of a run on the terminal and in the log."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from src.checkpoint.position import completes_step
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 log = logging.getLogger(__name__)
 
-REFRESH = 0.5  # seconds between updates of the bar: to read a metric waits for the device
+REFRESH = 0.5  # seconds between updates of the bar, because reading a metric waits for the device
 
 
 class Console(Callback):
-    """One line per evaluation, and one progress bar over the optimizer steps of the run; without it, a line of progress
-    every ``every_seconds``. ``progress_bar=None``: on a terminal."""
+    """Logs a line per evaluation, and shows a progress bar over the optimizer steps of the run or, without a bar, logs
+    a line every ``every_seconds``. ``progress_bar=None`` shows a bar if stdout is a terminal."""
 
     def __init__(self, every_seconds: float = 20.0, progress_bar: bool | None = None) -> None:
         self.every_seconds = every_seconds
@@ -29,7 +31,7 @@ class Console(Callback):
         self._bar: Progress | None = None
         self._shown_at = 0.0
         self._started = 0.0
-        self._first_step = self._step = 0
+        self._first_step = 0
         self._total_steps = math.nan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,19 +47,17 @@ class Console(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
-        self._first_step = self._step = trainer.global_step
+        self._first_step = trainer.global_step
         self._total_steps = trainer.estimated_stepping_batches
         if self._bar is not None:
             total = self._total_steps if math.isfinite(self._total_steps) else None
-            self._bar.add_task("step", total=total, completed=self._step, figures="")
+            self._bar.add_task("step", total=total, completed=self._first_step, figures="")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._step and self._due(trainer):
-            metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
-            self._show(trainer, self._figures(trainer, metrics, brief=self._bar is not None))
-        self._step = trainer.global_step
+        if completes_step(trainer, batch_idx) and self._due(trainer):
+            self._show(trainer, self._figures(trainer))
 
     def on_validation_batch_end(
         self,
@@ -95,11 +95,12 @@ class Console(Callback):
             task = self._bar.task_ids[0] if self._bar.task_ids else self._bar.add_task("step 0", total=None, figures="")
             self._bar.update(task, completed=trainer.global_step, figures=figures)
 
-    def _figures(self, trainer: Trainer, metrics: dict[str, float], brief: bool) -> str:
-        loss, lr, rate = (metrics.get(key, math.nan) for key in ("train/loss", "lr", "perf/tokens_per_second"))
+    def _figures(self, trainer: Trainer) -> str:
+        keys = ("train/loss", "lr", "perf/tokens_per_second")
+        loss, lr, rate = (float(trainer.callback_metrics.get(key, math.nan)) for key in keys)
         seconds = (time.monotonic() - self._started) / (trainer.global_step - self._first_step)
         seconds *= self._total_steps - trainer.global_step
-        more = "" if brief else f", perplexity {perplexity(loss)}, lr {lr:.2e}"
+        more = "" if self._bar is not None else f", perplexity {perplexity(loss)}, lr {lr:.2e}"
         speed = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
         left = f", {timedelta(seconds=round(seconds))} left" if math.isfinite(seconds) else ""
         return f"loss {loss:.3f}{more}{speed}{left}"
@@ -115,7 +116,7 @@ class Console(Callback):
 
 
 def _started_bar() -> Progress:
-    """A bar that leaves nothing behind; what is printed meanwhile appears above it."""
+    """A bar that disappears at its end; lines that are printed meanwhile appear above it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
@@ -130,5 +131,5 @@ def _started_bar() -> Progress:
 
 
 def perplexity(loss: float) -> str:
-    """The perplexity of ``loss`` in a few digits."""
+    """The perplexity of ``loss``, in a few digits."""
     return f"{math.exp(loss):,.1f}" if loss < 20 else f"{math.exp(min(loss, 709)):.1e}"

@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsCSV(Logger):
-    """Writes ``metrics.csv`` in ``save_dir``, one row per step, on disk as soon as it is logged.
+    """Writes ``metrics.csv`` into ``save_dir``, one row per step, each as soon as it is logged.
 
-    Lightning's CSVLogger gives a step's losses, validation and speed a row each, and keeps up to 100 rows in memory.
+    Lightning's CSVLogger writes the losses, the validation and the speed of a step as three rows, and keeps up to 100
+    rows in memory.
     """
 
     def __init__(self, save_dir: str | Path) -> None:
@@ -31,14 +32,14 @@ class MetricsCSV(Logger):
         self._row_start = 0
 
     def resume(self, step: int) -> None:
-        """Go on behind ``step``: what an interrupted run logged beyond it is dropped, to be logged again."""
+        """Drop what an interrupted run logged after ``step``, because it will be logged again."""
         if not self.path.exists():
             return
         rows, damaged = self._read()
         if damaged:
             aside = self.path.with_name(f"metrics_damaged_{time.strftime('%Y-%m-%d_%H-%M-%S')}.csv")
             self.path.replace(aside)
-            log.warning("%s is damaged and kept as %s; %d of its rows go on", self.path, aside.name, len(rows))
+            log.warning("%s is damaged and kept as %s; %d of its rows are kept", self.path, aside.name, len(rows))
         self._columns = list(rows[0]) if rows else self._columns
         kept = [row for row in rows if int(row["step"]) <= step]
         self._rewrite(kept[:-1])
@@ -47,7 +48,7 @@ class MetricsCSV(Logger):
             self.log_metrics(known | {"step": int(row["step"])}, int(row["step"]))
 
     def _read(self) -> tuple[list[dict[str, str]], bool]:
-        """The sound rows of the file, and whether it is damaged beyond a last line that a kill has cut short."""
+        """The valid rows of the file, and whether more of it is damaged than a last line that a kill cut short."""
         if not self.path.is_file():
             return [], True
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -58,11 +59,11 @@ class MetricsCSV(Logger):
         if "step" not in columns or len(set(columns)) < len(columns):
             return [], True
         step = columns.index("step")
-        sound = [
+        valid = [
             len(row) == len(columns) and bool(re.fullmatch("[0-9]{1,18}", row[step])) and "\ufffd" not in "".join(row)
             for row in rows
         ]
-        return [dict(zip(columns, row, strict=True)) for row in itertools.compress(rows, sound)], not all(sound[:-1])
+        return [dict(zip(columns, row, strict=True)) for row in itertools.compress(rows, valid)], not all(valid[:-1])
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The resolved config lies beside the file, in run.json."""
+        """Nothing: run.json holds the resolved config."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a loss means: perplexity per token, and bits per byte of text."""
+"""Perplexity per token, and bits per byte of text."""
 
 import math
 from typing import Any
@@ -11,8 +11,8 @@ from src.tokenizer import token_byte_counts
 
 
 class Perplexity(Callback):
-    """Logs ``val/perplexity`` and ``train/perplexity``, exp of each split's evaluation loss, and ``val/bits_per_byte``,
-    which compares across tokenizers (Gao et al. 2020, section 3.1)."""
+    """Logs ``val/perplexity`` and ``train/perplexity``, the exponentials of the evaluation losses, and
+    ``val/bits_per_byte``, which is comparable across tokenizers (Gao et al. 2020, section 3.1)."""
 
     def __init__(self) -> None:
         self._bytes_of: Tensor | None = None

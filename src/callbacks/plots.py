@@ -1,4 +1,4 @@
-"""The two plots of a run: loss and learning rate over epochs, perplexity over tokens."""
+"""The two plots of a run: loss and learning rate over epochs, and perplexity over tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.checkpoint.position import completes_step
 from src.evaluation.figures import BLUE, SKY, VERMILLION, label_log_axis, new_figure, short, smooth
 
 if TYPE_CHECKING:
@@ -21,25 +21,27 @@ SPLITS = {  # metric: label, how it is drawn
     "val/loss": ("validation", {"color": VERMILLION, "marker": "s", "markersize": 5, "markerfacecolor": "white"}),
     "train/eval_loss": ("training, evaluated", {"color": BLUE, "marker": "o", "markersize": 2.5, "linestyle": "--"}),
 }
-MOST_POINTS, EVERY_SECONDS = 4000, 60  # a drawing takes one or two
+MOST_POINTS = 4000
+EVERY_SECONDS = 60  # between drawings, each of which takes one or two seconds
 
 
 class LossPlot(Callback):
-    """Draws ``plots/loss.png`` and ``plots/perplexity.png`` in the trainer's root folder, and TensorBoard images: at
-    the end, and before it after an evaluation or an epoch, where ``EVERY_SECONDS`` have passed.
+    """Draws ``plots/loss.png`` and ``plots/perplexity.png`` in the trainer's root folder and gives them to each logger
+    that has ``log_image(key, images, step)``, as :class:`~src.callbacks.tensorboard.TensorBoard` and Lightning's
+    ``WandbLogger`` do. It draws at the end of training, and after an evaluation or an epoch if ``EVERY_SECONDS`` have
+    passed.
 
-    The checkpoint keeps what was drawn, so a resumed curve is whole. That is every evaluation, and tokens seen, loss
-    and learning rate of every optimizer step; in a run of more than ``MOST_POINTS``, their means over 2, 4, 8, ...
-    consecutive steps.
+    The checkpoint keeps the data, so the curves of a resumed run are complete: every evaluation, and the tokens seen,
+    loss and learning rate of every optimizer step. With more than ``MOST_POINTS`` steps, each point is the mean over 2,
+    4, 8, ... consecutive steps.
     """
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []  # of evaluations
         self.points: list[list[float]] = []  # tokens seen, loss, learning rate
         self.steps_per_point = 1
-        self.pending: list[list[float]] = []  # the steps of the point to come
+        self.pending: list[list[float]] = []  # the steps of the next point
         self._unread: list[list[Any]] = []
-        self._step = 0
         self._next_drawing = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,21 +53,19 @@ class LossPlot(Callback):
         vars(self).update({key: state_dict[key] for key in self.state_dict() if key in state_dict})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
         self._next_drawing = time.monotonic() + EVERY_SECONDS
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        metrics = trainer.callback_metrics if trainer.global_step != self._step else {}  # not only accumulated
-        self._step = trainer.global_step
-        if "train/loss" in metrics:
+        metrics = trainer.callback_metrics
+        if completes_step(trainer, batch_idx) and "train/loss" in metrics:
             self._unread.append([pl_module.tokens_seen, metrics["train/loss"], metrics["lr"]])
         if len(self._unread) == 100:
             self._read()
 
     def _read(self) -> None:
-        """Add the latest steps; to read a metric waits for the device, so it is done for many at once."""
+        """Add the latest steps. Reading a metric waits for the device, so many are read at once."""
         for tokens, loss, rate in self._unread:
             self._add([tokens, loss.item(), rate.item()])
         self._unread = []
@@ -113,15 +113,15 @@ class LossPlot(Callback):
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png")
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    image = imread(folder / f"{name}.png")[..., :3]
-                    logger.experiment.add_image(f"plots/{name}", image, steps, dataformats="HWC")
+                if hasattr(logger, "log_image"):
+                    image = imread(folder / f"{name}.png")[..., :3]  # (H, W, 3) without transparency
+                    logger.log_image(f"plots/{name}", [image], step=steps)
         self._next_drawing = time.monotonic() + EVERY_SECONDS
 
 
 def loss_figure(points: list[list[float]], history: list[dict[str, float]], unit: str, per_token: float) -> Figure:
-    """Loss of every step and of both splits, the learning rate below, over ``unit`` (``per_token`` of them for each
-    token seen); tokens seen on the upper axis. The arguments are what :class:`LossPlot` keeps."""
+    """The losses of every step and of both splits with the learning rate below, over ``unit``. The upper axis shows
+    tokens seen; one token is ``per_token`` units. ``points`` and ``history`` are those of :class:`LossPlot`."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (upper, lower) = new_figure(height=4.2, nrows=2, sharex=True, height_ratios=[4, 1])
@@ -146,7 +146,7 @@ def loss_figure(points: list[list[float]], history: list[dict[str, float]], unit
 
 
 def perplexity_figure(history: list[dict[str, float]]) -> Figure:
-    """Perplexity of both splits over tokens seen, on a logarithmic scale."""
+    """The perplexity of both splits over tokens seen, on a logarithmic scale."""
     figure, axes = new_figure()
     found = _draw_splits(axes, history, 1, lambda loss: math.exp(min(loss, 100)))
     axes.set(yscale="log", xlabel="tokens seen", ylabel="perplexity")

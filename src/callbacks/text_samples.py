@@ -1,14 +1,16 @@
-"""What the model writes, as it learns."""
+"""Texts that the model writes while it learns."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from pydantic import Field
 
+from src.config import Config
 from src.generation.config import Sampling
 from src.generation.decode import generate
 from src.model.gpt import GPT
@@ -17,52 +19,51 @@ from src.training.sharded import whole_net
 
 log = logging.getLogger(__name__)
 
-PER_RUN = 10  # texts at least
+PER_RUN = 10  # sample at least this often
+
+
+class TextSampling(Sampling):
+    section: ClassVar[str] = "callbacks.text_samples.sampling"
+
+
+class TextSamplesConfig(Config):
+    section: ClassVar[str] = "callbacks.text_samples"
+
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(examples=[["Every effort moves you"]])
+    max_new_tokens: int = Field(50, ge=1)
+    sampling: TextSampling
+    every_n_epochs: int = Field(1, ge=1)
+    seed: int = 123
 
 
 class TextSamples(Callback):
-    """Continues fixed prompts, greedily and by sampling: before training, after every ``every_n_epochs`` epochs, and
-    after an evaluation where a tenth of the run has passed without.
+    """Continues each of ``prompts`` by ``max_new_tokens`` tokens, once greedily and once with ``sampling``, which by
+    default is a temperature of 1 and the 25 likeliest tokens. It does so before training, after every
+    ``every_n_epochs`` epochs, and after an evaluation if a tenth of the run has passed since the last time.
 
-    Written to the log, to ``samples.md`` in the trainer's root folder, and to TensorBoard as text. Draws come from a
-    generator of its own, seeded by ``seed``, the step and the prompt's place in the list.
+    The texts go to the log, to ``samples.md`` in the trainer's root folder, and to each logger that has
+    ``log_text(key, columns, data, step)``, as :class:`~src.callbacks.tensorboard.TensorBoard` and Lightning's
+    ``WandbLogger`` do. A generator of their own, seeded by ``seed``, the step and the prompt's index, makes the draws.
 
     Raises:
-        ValueError: prompts that are no list of texts, or an impossible number.
+        ValueError: prompts that are not a list of texts, an empty prompt, or a number out of range.
     """
 
     def __init__(
         self,
         prompts: list[str],
         max_new_tokens: int = 50,
-        temperature: float = 1.0,
-        top_k: int | None = 25,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        sampling: Mapping[str, Any] | Sampling | None = None,
         every_n_epochs: int = 1,
         seed: int = 123,
     ) -> None:
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-            raise ValueError(
-                f"callbacks.text_samples.prompts={prompts} must be a list of texts, none of them empty: "
-                f"'callbacks.text_samples.prompts=[\"Every effort moves you\"]'"
-            )
-        for key, value in ("max_new_tokens", max_new_tokens), ("every_n_epochs", every_n_epochs):
-            if value < 1:
-                raise ValueError(
-                    f"callbacks.text_samples.{key}={value} must be at least 1, or ~callbacks.text_samples for none"
-                )
-        try:
-            self.sampling = Sampling(
-                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-            )
-        except ValueError as error:
-            raise ValueError("\n".join(f"callbacks.text_samples.{line}" for line in str(error).splitlines())) from None
-        self.prompts = list(prompts)
-        self.max_new_tokens = max_new_tokens
-        self.every_n_epochs = every_n_epochs
-        self.seed = seed
+        self.config = TextSamplesConfig(
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=TextSampling(**dict(sampling or {"temperature": 1.0, "top_k": 25})),
+            every_n_epochs=every_n_epochs,
+            seed=seed,
+        )
         self._step: int | None = None  # of the latest samples
         self._written = 0  # bytes of samples.md
 
@@ -82,7 +83,7 @@ class TextSamples(Callback):
             self._sample(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop:
+        if (trainer.current_epoch + 1) % self.config.every_n_epochs == 0 or trainer.should_stop:
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,47 +95,45 @@ class TextSamples(Callback):
             self._write(net, trainer, pl_module)
 
     def _write(self, net: GPT, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        texts = [f"## step {step}, epoch {pl_module.epochs_seen:.2f}"]
-        for prompt in self.prompts:
-            for way, text in self._continuations(net, trainer, pl_module, prompt).items():
+        texts = [f"## step {trainer.global_step}, epoch {pl_module.epochs_seen:.2f}"]
+        for index in range(len(self.config.prompts)):
+            for way, text in self._continuations(net, trainer, pl_module, index).items():
                 log.info("%s | %s", way, text.replace("\n", " "))
                 texts.append(f"**{way}**\n\n{_quoted(text)}")
         entry = "\n\n".join(texts)
-        with Path(trainer.default_root_dir, "samples.md").open("ab") as file:
-            if file.tell() > self._written:  # beyond the checkpoint that this run continues
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "samples.md").open("ab") as file:
+            if file.tell() > self._written:  # beyond the checkpoint that this run resumes
                 file.truncate(self._written)
             file.write(f"{entry}\n\n".encode())
             self._written = file.tell()
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", entry, step)
+            if hasattr(logger, "log_text"):
+                logger.log_text("samples", columns=["text"], data=[[entry]], step=trainer.global_step)
 
-    def _continuations(self, net: GPT, trainer: Trainer, pl_module: LightningModule, prompt: str) -> dict[str, str]:
+    def _continuations(self, net: GPT, trainer: Trainer, pl_module: LightningModule, index: int) -> dict[str, str]:
+        """The greedy and the sampled continuation of a prompt, by the way in which their tokens were chosen."""
+        config, sampling = self.config, self.config.sampling
         tokenizer = getattr(trainer.datamodule, "tokenizer", None) or gpt2_tokenizer()
         special_tokens = getattr(getattr(trainer.datamodule, "config", None), "special_tokens", "parse")
-        tokens = text_to_token_ids(prompt, tokenizer, special_tokens).to(pl_module.device)
-        place = [self.seed, trainer.global_step, self.prompts.index(prompt)]
-        state = np.random.SeedSequence(place).generate_state(1, np.uint64)
+        tokens = text_to_token_ids(config.prompts[index], tokenizer, special_tokens).to(pl_module.device)  # (1, T)
+        state = np.random.SeedSequence([config.seed, trainer.global_step, index]).generate_state(1, np.uint64)
         generator = torch.Generator(pl_module.device).manual_seed(int(state[0]))
-        drawn = ", ".join(
-            f"{key.replace('_', '-')} {value:g}"
-            for key, value in self.sampling
-            if value is not None and (key != "repetition_penalty" or value != 1)
-        )
-        both = [[0.0], [self.sampling.temperature]]  # (2, 1): in one pass
-        temperatures = torch.tensor(both, device=tokens.device)
-        sampling = self.sampling.model_copy(update={"temperature": temperatures})
+        temperatures = torch.tensor([[0.0], [sampling.temperature]], device=tokens.device)  # (2, 1): in one pass
+        both = sampling.model_copy(update={"temperature": temperatures})
         rows = generate(
-            net,
-            tokens,
-            self.max_new_tokens,
-            sampling,
-            generator,
-            num_samples=2,
-            vocab_size=tokenizer.n_vocab,
+            net, tokens, config.max_new_tokens, both, generator, num_samples=2, vocab_size=tokenizer.n_vocab
         )  # (2, T + max_new_tokens)
-        return dict(zip(("greedy", drawn), (token_ids_to_text(row, tokenizer) for row in rows), strict=True))
+        return dict(zip(("greedy", _named(sampling)), (token_ids_to_text(row, tokenizer) for row in rows), strict=True))
+
+
+def _named(sampling: Sampling) -> str:
+    """The settings of ``sampling`` that have an effect: ``temperature 1, top-k 25``."""
+    settings = {key: value for key, value in vars(sampling).items() if value is not None}
+    if settings["repetition_penalty"] == 1:
+        del settings["repetition_penalty"]
+    return ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in settings.items())
 
 
 def _quoted(text: str) -> str:

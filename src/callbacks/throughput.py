@@ -1,4 +1,4 @@
-"""How fast a run trains, and how much of the device that takes."""
+"""The speed of training, and the share of the device's peak that it reaches."""
 
 import time
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from src.checkpoint.position import completes_step
 from src.device import matrix_rate
 from src.model.flops import flops_per_token, peak_flops
 
 
 class Throughput(Callback):
-    """Logs ``perf/tokens_per_second``, tokens trained on per second of training since the last log, and ``perf/mfu``,
-    the share of the devices' arithmetic that the model's own takes (Chowdhery et al. 2022, appendix B).
+    """Logs ``perf/tokens_per_second``, the tokens of all ranks per second of training since the last log, and
+    ``perf/mfu``, the model FLOPs utilization (Chowdhery et al. 2022, appendix B).
 
-    That is their published peak in bfloat16, or, of a CPU, the rate of a matrix product measured once; none is logged
-    for other devices or precisions. Evaluation, text samples and the writing of checkpoints stop the clock until the
-    next batch; the device is never waited for.
+    The peak of a GPU is the published one in bfloat16; that of a CPU is the rate of a matrix product, measured once.
+    No ``perf/mfu`` is logged for other devices or precisions. The clock stops for evaluations, text samples and the
+    writing of checkpoints. Nothing here waits for the device.
     """
 
     def __init__(self) -> None:
@@ -25,13 +26,12 @@ class Throughput(Callback):
         self._running_since: float | None = None
         self._logged = (0.0, 0)  # seconds and tokens at the last log
         self._tokens_before = 0
-        self._step = 0
         self._flops_per_token = 0
         self._peak: float | None = None  # of all devices
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the whole run so far; None before its first logged step."""
+        """The mean over the run so far; None before its first logged step."""
         return self.tokens / self.seconds if self.seconds and self.tokens else None
 
     def _stop(self, trainer: Trainer) -> None:
@@ -41,7 +41,6 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens_before = pl_module.tokens_seen
-        self._step = trainer.global_step
         peak = _peak(pl_module.device, str(trainer.precision))
         self._peak = peak and peak * trainer.world_size
 
@@ -60,9 +59,8 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = trainer.global_step != self._step  # not only accumulated
-        self._step = trainer.global_step
-        if not stepped or not trainer.log_every_n_steps or trainer.global_step % trainer.log_every_n_steps:
+        every = trainer.log_every_n_steps
+        if not completes_step(trainer, batch_idx) or not every or trainer.global_step % every:
             return
         self._stop(trainer)
         self._running_since = _clock(trainer)
@@ -77,7 +75,7 @@ class Throughput(Callback):
 
 
 def _clock(trainer: Trainer) -> float:
-    """Seconds, of which those that went into checkpoints do not count: they are written between any two hooks."""
+    """Seconds without those spent on writing checkpoints, which can happen between any two hooks."""
     return time.perf_counter() - getattr(trainer.strategy.checkpoint_io, "seconds", 0.0)
 
 

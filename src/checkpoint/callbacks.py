@@ -11,15 +11,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from src.checkpoint.interruption import Interruption
-from src.checkpoint.sealed import link
+from src.checkpoint.position import completes_step
+from src.files import link
 
 
 class RunCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` at the end of training, every so many optimizer steps or minutes, when interrupted, and
-    after an evaluation with the lowest ``val/loss`` so far, when it becomes ``best.ckpt`` too: one file by two names.
+    """Writes ``last.ckpt`` into ``folder``: at the end of training, every ``every_steps`` optimizer steps, every
+    ``every_minutes`` minutes, on an interruption, and after an evaluation with the lowest ``val/loss`` so far. The file
+    of such an evaluation gets the second name ``best.ckpt``.
 
-    It is written when all of a step is over: its update, the logging of its loss, the evaluation and the texts due
-    after it. Where several processes train, what one of them asks for, by its clock or for a signal, all do.
+    A checkpoint is written when a step is complete: its update, the logging of its loss, and the evaluation and text
+    samples that follow it. All ranks save when one of them wants to, because of its clock or a signal.
     """
 
     def __init__(
@@ -35,12 +37,11 @@ class RunCheckpoints(Checkpoint):
         self.every_minutes = every_minutes
         self.interruption = interruption or Interruption()
         self.best, self.best_step = math.inf, -1  # the lowest val/loss so far
-        self._best_due = False
-        self._before: dict[str, float] = {}  # what the checkpoint says that this run continues
-        self._step = self._saved_step = 0
+        self._resumed: dict[str, float] = {}  # best and best_step of the checkpoint that this run resumes
+        self._saved_step = 0
         self._saved_at = 0.0
-        self._between_steps = True  # and not between the batches that one step accumulates
-        self._due = False
+        self._between_steps = True  # and not between the batches of one step
+        self._due = self._best_due = False
         self._stop = False
         self._group: torch.distributed.ProcessGroup | None = None
 
@@ -48,16 +49,16 @@ class RunCheckpoints(Checkpoint):
         return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self._before = state_dict
+        self._resumed = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
-            self._group = torch.distributed.new_group(backend="gloo")  # whose questions no GPU has to wait for
-        if self._before.get("best_step") == trainer.global_step and self.path.exists() and trainer.is_global_zero:
-            link(self.path, self.best_path)  # a run that was killed between the two names
-        if self._before and self.best_path.exists():  # this folder's own: its loss is still to be beaten
-            self.best, self.best_step = self._before["best"], self._before["best_step"]
-        self._step = self._saved_step = trainer.global_step
+            self._group = torch.distributed.new_group(backend="gloo")  # agreeing on the CPU does not wait for a GPU
+        if self._resumed.get("best_step") == trainer.global_step and self.path.exists() and trainer.is_global_zero:
+            link(self.path, self.best_path)  # the run was killed after it wrote last.ckpt and before this name
+        if self._resumed and self.best_path.exists():  # otherwise this folder has no best one to beat
+            self.best, self.best_step = self._resumed["best"], self._resumed["best_step"]
+        self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._between_steps = True
         self.interruption.deferred = True
@@ -69,13 +70,12 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._between_steps = trainer.global_step != self._step
-        self._step = trainer.global_step
+        self._between_steps = completes_step(trainer, batch_idx)
         if self._between_steps:
-            self._due |= self.every_steps is not None and self._step % self.every_steps == 0
             minutes = (time.monotonic() - self._saved_at) / 60
+            self._due |= self.every_steps is not None and trainer.global_step % self.every_steps == 0
             self._due |= self.every_minutes is not None and minutes >= self.every_minutes
-        # trainer.max_time may be over between two batches that one step accumulates: stop behind the step.
+        # trainer.max_time may end between two batches of one step: stop after the step.
         self._stop |= trainer.should_stop
         trainer.should_stop = self._stop and self._between_steps
 
@@ -86,44 +86,41 @@ class RunCheckpoints(Checkpoint):
             self._best_due = self._due = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if trainer.is_last_batch:
             self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._agree()
-        if self._saved_step != self._step:
+        if self._saved_step != trainer.global_step:
             self._save(trainer)
         self.interruption.deferred = False
         self.interruption.check()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.interruption.deferred = False
-
     def _save_if_due(self, trainer: Trainer) -> None:
         interrupted = self._agree()
-        if self._due or (interrupted and self._saved_step != self._step):
+        if self._due or (interrupted and self._saved_step != trainer.global_step):
             self._save(trainer)
         if interrupted:
             self.interruption.check()
 
     def _agree(self) -> bool:
-        """Whether a process of the run was asked to stop; what comes in while they agree counts the next time."""
-        asked = [int(self._due), int(self.interruption.requested or 0)]
+        """Share among all ranks whether a checkpoint is due and which signal came; return whether one came. A signal
+        that arrives meanwhile counts the next time."""
+        due, signum = self._due, self.interruption.requested or 0
         if self._group is not None:
-            told = torch.tensor(asked)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._group)
-            asked = told.tolist()
-        self._due = bool(asked[0])
-        if asked[1]:
-            self.interruption.requested = signal.Signals(asked[1])
-        return bool(asked[1])
+            shared = torch.tensor([due, signum], dtype=torch.int64)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, self._group)
+            due, signum = shared.tolist()
+        self._due = bool(due)
+        if signum:
+            self.interruption.requested = signal.Signals(signum)
+        return bool(signum)
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path)
             if self._best_due and trainer.is_global_zero:
                 link(self.path, self.best_path)
-        self._best_due = False
-        self._saved_step = self._step
+        self._due = self._best_due = False
+        self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
-        self._due = False

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, in from files, and falling back to an older one."""
+"""Reading a checkpoint of a run, or an older one if it is damaged."""
 
 import logging
 import math
@@ -7,25 +7,29 @@ from typing import Any
 
 import torch
 
-from src.checkpoint.sealed import DamagedError, link, printable, read_sealed
+from src.checkpoint.pickles import printable
+from src.checkpoint.sealed import DamagedError, read_sealed
+from src.files import link
 
 log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path, key: str = "ckpt_path", unsealed: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint of a run. See :func:`~src.checkpoint.sealed.read_sealed`.
+    """The content of a checkpoint; see :func:`~src.checkpoint.sealed.read_sealed`.
 
     Raises:
-        ValueError: a file of another kind.
+        ValueError: as :func:`~src.checkpoint.sealed.read_sealed`, or the file is not a checkpoint with an optimizer.
     """
     content = read_sealed(path, key, unsealed)
     if not (isinstance(content, dict) and content.get("optimizer_states") and "hyper_parameters" in content):
-        raise ValueError(f"{key}={path} has no optimizer to go on with: weights={path} to start from its weights")
+        raise ValueError(
+            f"{key}={path} has no optimizer state to resume from; use weights={path} to start from its weights"
+        )
     return content
 
 
 def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint at ``path`` and its content; if it is damaged, the newest good one beside it.
+    """``path`` and its content or, if it is damaged, those of the newest undamaged checkpoint in the same folder.
 
     Raises:
         ValueError: as :func:`read_checkpoint`.
@@ -36,30 +40,34 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
         found = newest_good_checkpoint(path.parent)
         if found is None:
             raise
-        log.warning("%s, taking %s", str(error).split(": ckpt_path=")[0], printable(found[0]))
+        log.warning("%s, reading %s instead", _problem(error), printable(found[0]))
         return found
 
 
 def newest_good_checkpoint(folder: Path, unsealed: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in ``folder`` of the latest step that is sound, with its content; damaged ones are reported.
-    See :func:`~src.checkpoint.sealed.read_sealed` for ``unsealed``."""
-    files = [path for path in folder.glob("*.ckpt") if path.is_file()]  # a pipe would be waited for
-    for path in sorted(files, key=lambda path: (_step_that_it_claims(path), path.name == "last.ckpt"), reverse=True):
+    """The undamaged checkpoint of the latest step in ``folder``, with its content. Damaged ones are logged. See
+    :func:`~src.checkpoint.sealed.read_sealed` for ``unsealed``."""
+    files = [path for path in folder.glob("*.ckpt") if path.is_file()]  # reading a pipe would wait forever
+    for path in sorted(files, key=lambda path: (_claimed_step(path), path.name == "last.ckpt"), reverse=True):
         try:
             return path, read_checkpoint(path, unsealed=unsealed)
         except ValueError as error:
-            log.warning("%s: looking for an older one", str(error).split(": ckpt_path=")[0])
+            log.warning("%s, looking for an older one", _problem(error))
     return None
 
 
 def make_last(path: Path) -> None:
-    """Let ``last.ckpt`` be what ``path`` beside it is: where the run stands, also if there is nothing left to train."""
+    """Make ``last.ckpt`` the same file as ``path`` in its folder, so that it is where the run resumed."""
     if path.name != "last.ckpt":
         link(path, path.with_name("last.ckpt"))
 
 
-def _step_that_it_claims(path: Path) -> float:
+def _claimed_step(path: Path) -> float:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception:  # damaged: to be looked at, and reported, first
+    except Exception:  # it is damaged: read it first, so that it is reported
         return math.inf
+
+
+def _problem(error: ValueError) -> str:
+    return str(error).split("; use ")[0]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Signals that stop a run."""
 
 import os
 import signal
@@ -6,36 +6,33 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # time almost up under SLURM; the terminal has gone
-    if hasattr(signal, name)
-]
+# SLURM sends SIGUSR1 shortly before the time limit; SIGHUP arrives when the terminal is closed.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """:data:`SIGNALS` without a SIGHUP that is ignored already, as under ``nohup``."""
+    """:data:`SIGNALS`, without SIGHUP if it is ignored already, as under ``nohup``."""
     return [signum for signum in SIGNALS if signum.name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 class Interrupted(SystemExit):
-    """A run was asked to stop; its exit status is 128 and the signal's number, as a shell reports it."""
+    """A signal stopped the run. The exit status is 128 + the signal's number, as a shell reports it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
         self.signal = signal.Signals(signum)
-        self.told = False  # to the user
+        self.told = False  # whether the user has seen a message
 
 
 class Interruption:
-    """While this context lasts, the first of :data:`SIGNALS` raises :class:`Interrupted`.
+    """A context in which the first of :data:`SIGNALS` raises :class:`Interrupted` and later ones do nothing.
 
-    Where ``deferred`` is true it is only noted, for :meth:`check` to raise once everything is saved. Later signals do
-    nothing.
+    While ``deferred`` is true, the signal is only kept in ``requested``, and :meth:`check` raises once everything is
+    saved. ``reports`` prints a line in that case; of several ranks, one should.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.speaks = speaks  # one process of a run does
+    def __init__(self, reports: bool = True) -> None:
+        self.reports = reports
         self.requested: signal.Signals | None = None
         self.deferred = False
         self._before: dict[int, Any] = {}
@@ -50,23 +47,25 @@ class Interruption:
             signal.signal(*self._before.popitem())
 
     def install(self) -> None:
-        """Listen; again, where another library has taken the signals over."""
+        """Install the handlers, again if another library has replaced them."""
         if threading.current_thread() is threading.main_thread():
             for signum in heeded_signals():
                 before = signal.signal(signum, self._handle)
                 self._before.setdefault(signum, before)
 
     def check(self) -> None:
-        """Raise what was noted."""
+        """Raise :class:`Interrupted` if a signal was deferred."""
         if self.requested is not None:
             raise Interrupted(self.requested)
 
     def _handle(self, signum: int, _: Any) -> None:
+        # Data workers inherit this handler, and schedulers signal every process of a job: the run ends its own workers.
         if os.getpid() != self._process or self.requested is not None:
-            return  # a data worker inherits this, and schedulers signal all of a job: the run stops its workers itself
+            return
         self.requested = signal.Signals(signum)
-        if self.deferred and self.speaks:
-            with suppress(OSError):  # the terminal may have gone
-                os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())  # safe in a handler
         if not self.deferred:
             raise Interrupted(signum)
+        if self.reports:
+            with suppress(OSError):  # the terminal may be closed
+                # os.write is safe in a signal handler.
+                os.write(2, f"{self.requested.name}: finishing the step, then saving\n".encode())

@@ -11,11 +11,11 @@ from src.checkpoint.sealed import write_atomically
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes each checkpoint beside its target, seals it with its SHA-256, flushes it to disk and renames it.
+    """Writes and reads checkpoints with :mod:`src.checkpoint.sealed`. A new ``last.ckpt`` leaves the old one as
+    ``previous.ckpt``. ``seconds`` is the time spent writing so far.
 
-    Lightning's own writing passes through a temporary folder that may lie on another file system, where a rename is no
-    longer atomic, never flushes, and PyTorch does not notice a flipped bit. ``last.ckpt`` leaves its predecessor as
-    ``previous.ckpt``. ``seconds`` is the time that all of that has taken so far.
+    Lightning writes through a temporary folder that may lie on another file system, where a rename is not atomic, and
+    never flushes the file to the disk. PyTorch does not notice a flipped bit.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run stands, written into a checkpoint so that Lightning goes on exactly there."""
+"""The position of a run: whether a step is complete, and what a checkpoint says so that Lightning resumes exactly."""
 
 from typing import Any
 
@@ -21,23 +21,31 @@ class RunPosition(Callback):
         restore_position(trainer)
 
 
-def write_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Put the loops' counters in ``checkpoint`` into one of the three forms that Lightning continues exactly.
+def completes_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether batch ``batch_idx`` of the epoch ended an optimizer step, instead of only accumulating gradients. An
+    epoch's last batch always does. For ``on_train_batch_end``."""
+    batches = batch_idx + 1
+    last = trainer.is_last_batch or batches == trainer.num_training_batches
+    return last or batches % trainer.accumulate_grad_batches == 0
 
-    Lightning's own depend on the hook that saves: between two batches it has counted the second one already, and after
-    an epoch that was cut short it takes that epoch for finished.
+
+def write_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Rewrite the loops' counters in ``checkpoint`` to one of the three forms from which Lightning resumes exactly.
+
+    The counters that Lightning saves depend on the hook that saves. Between two batches it has already counted the
+    second one. After an epoch that was cut short it counts that epoch as finished.
     """
     loops = checkpoint["loops"]["fit_loop"]
     epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     done = batch["current"]["processed"]
     epoch_over = done >= trainer.num_training_batches
     if epoch_over and epoch["current"]["processed"] < epoch["current"]["ready"]:
-        return  # in the validation behind an epoch's last batch
+        return  # in the validation after an epoch's last batch
     if epoch_over or not done:  # between two epochs
         for count in epoch["total"], epoch["current"]:
             count |= dict.fromkeys(("ready", "started", "completed"), count["processed"])
         return
-    for count in epoch["total"], epoch["current"]:  # behind a batch within an epoch
+    for count in epoch["total"], epoch["current"]:  # after a batch within an epoch
         before = count["ready"] - 1
         count |= {"started": count["ready"], "processed": before, "completed": before}
     for count in batch["total"], batch["current"]:
@@ -48,15 +56,16 @@ def write_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_position(trainer: Trainer) -> None:
-    """Before the first batch of a continued run: a finished epoch is finished, also where ``max_steps`` bounds it."""
+    """Mark a finished epoch as finished, before the first batch of a resumed run. With ``max_steps``, Lightning would
+    otherwise train it again."""
     epoch = trainer.fit_loop.epoch_progress.current
     if epoch.ready == epoch.processed:
         trainer.fit_loop.epoch_loop.restarting = False
 
 
 def rescale_position(checkpoint: dict[str, Any], batch_windows: int) -> None:
-    """Count in batches of ``batch_windows`` windows, for a run that goes on with another number of processes. The
-    checkpoint lies between two optimizer steps, or two epochs, so it is between two batches in either count."""
+    """Convert the counts of batches in ``checkpoint`` to batches of ``batch_windows`` windows, for a run that resumes
+    with another world size. A checkpoint lies between two optimizer steps, so the result is a whole number."""
     before = checkpoint.get("batch_windows", batch_windows)
     if before == batch_windows:
         return
@@ -72,13 +81,13 @@ def rescale_position(checkpoint: dict[str, Any], batch_windows: int) -> None:
 
 
 def own_data(trainer: Trainer) -> Any | None:
-    """The data module, if it is this project's, which knows the order of its batches; users may bring their own."""
+    """The data module if it knows the order of its batches, as this project's does; None for a user's own."""
     return trainer.datamodule if hasattr(trainer.datamodule, "fixed_values") else None
 
 
 def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, metrics: dict[str, float]) -> None:
-    """Put what ``checkpoint`` is of into it: its step, tokens and ``metrics``, the text and how that was cut, and which
-    windows every evaluation scores; and what a continued run cannot change without losing its meaning."""
+    """Add to ``checkpoint`` a description of the run: its step, tokens and ``metrics``, its text and how that was
+    split, the windows that every evaluation scores, and the values that a resumed run must not change."""
     checkpoint["run"] = {
         "step": trainer.global_step,
         "tokens_seen": tokens_seen,

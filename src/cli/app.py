@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -120,12 +120,13 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig, failed: list[str]) 
     try:
         return task(cfg)
     except Exception as error:
-        if type(error).__name__ == "InstantiationException":  # Hydra's, around what a constructor raised
-            error = error.__cause__ or error
+        raised = error.__cause__ if isinstance(error, InstantiationException) else None
+        if raised is not None and _is_users(raised):  # what a constructor thought of its arguments
+            error = raised
         told = getattr(error, "told", False)  # by another process of this run
-        user_mistakes = ("ValueError", "OSError", "MisconfigurationException", "InstantiationException")
-        if told or {base.__name__ for base in type(error).__mro__} & set(user_mistakes):
-            for line in [] if told else str(error).splitlines():
+        if told or _is_users(error) or isinstance(error, InstantiationException):
+            lines = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception", "").splitlines()
+            for line in [] if told else filter(None, lines):
                 log.error("error: %s", line)
             _log_to_file_only(traceback.format_exc())
         else:
@@ -134,6 +135,11 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig, failed: list[str]) 
     if not sweeping:
         sys.exit(1)
     return float("inf")  # the objective of a failed job; the others run on
+
+
+def _is_users(error: BaseException) -> bool:
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"ValueError", "OSError", "MisconfigurationException"})  # the last is Lightning's
 
 
 def _log_to_file_only(text: str) -> None:

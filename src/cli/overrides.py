@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import nearest
+from src.training.config import TrainerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES_WITH_KEYS = (
@@ -107,7 +108,7 @@ def _parse(config_name: str, overrides: list[str], sweeping: bool) -> tuple[list
 
 
 def _first_choices(overrides: Iterable[Override]) -> list[str]:
-    """``overrides`` with the first value of each sweep; null, or the default of a group, where only a sweeper knows it."""
+    """``overrides`` with the first value of each sweep: null, or a group's default, where only a sweeper knows it."""
     found = []
     for override in overrides:
         if not override.is_sweep_override():
@@ -164,13 +165,19 @@ def _unknown_keys(config_name: str, overrides: list[Override]) -> list[str]:
 
 def _unknown(override: Override, config_name: str, known: set[str]) -> str:
     key = override.key_or_group
-    if key.startswith("trainer.") and key.removeprefix("trainer.") in trainer_arguments():
+    if key.startswith("trainer.") and key.removeprefix("trainer.") in _trainer_arguments():
         return f"{key} is an argument of Lightning's Trainer that conf/trainer does not set; use +{override.input_line}"
     return f"{key} is not a key of {config_name}: did you mean {nearest(key, sorted(known))}? (all: --cfg job)"
 
 
-def trainer_arguments() -> set[str]:
-    """The names of the arguments of Lightning's Trainer."""
+def unknown_trainer_arguments(trainer: dict[str, Any]) -> list[str]:
+    """A line for each key of the ``trainer`` section that Lightning's Trainer does not have."""
+    new = set(trainer) - set(TrainerConfig.model_fields) - set(OmegaConf.load(CONF / "trainer" / "default.yaml"))
+    unknown = new - _trainer_arguments() if new else set()
+    return [f"trainer.{key} is not an argument of Lightning's Trainer; leave it out" for key in sorted(unknown)]
+
+
+def _trainer_arguments() -> set[str]:
     import inspect
 
     from lightning.pytorch import Trainer

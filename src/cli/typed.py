@@ -1,13 +1,20 @@
 """From what Hydra composed to a frozen configuration."""
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import Config
 
 C = TypeVar("C", bound=Config)
+
+
+def built(nodes: Mapping[str, Any], **arguments: Any) -> list[Any]:
+    """The objects that ``nodes`` with a ``_target_`` describe, each with further ``arguments``; null builds nothing."""
+    return [instantiate(node, **arguments) for node in nodes.values() if node is not None]
 
 
 def typed(cfg: DictConfig, kind: type[C]) -> C:

@@ -1,32 +1,45 @@
 """What to evaluate."""
 
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
+from src.data.config import DataConfig
 from src.generation.config import Device
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class EvaluationConfig(Config):
-    """The keys of ``conf/evaluate.yaml``, which explains them."""
+    """Everything that ``python -m src.evaluate`` composes; ``conf/evaluate.yaml`` explains each key. Keys that a user
+    adds (``+tags=[a]``) are allowed and kept."""
 
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "evaluation"
+    seed: int = Field(0, ge=0)
     weights: str = "gpt2"
     split: Literal["val", "train", "all"] = "val"
     max_tokens: int | None = Field(None, ge=-1, examples=[-1])
     context_length: int | None = Field(None, ge=1)
     stride: int | None = Field(None, ge=1)
     surprises: int = Field(20, ge=0)
-    lambada: str | None = None
-    multiple_choice: str | None = None
+    tasks: tuple[str, ...] = Field((), examples=[["lambada_openai", "hellaswag"]])
+    tasks_path: str | None = None
+    tasks_limit: int | None = Field(None, ge=1)
     device: Device = "auto"
     precision: Precision | None = None
+    data: DataConfig = DataConfig(context_length=None)
 
     @model_validator(mode="after")
     def _windows_cover_what_is_scored(self) -> "EvaluationConfig":
-        found = []
+        found = [
+            f"data.{key}={value} is for training; use {key}={value}"
+            for key, value in (("stride", self.data.stride), ("context_length", self.data.context_length))
+            if value is not None
+        ]
         if self.max_tokens == 0:
             found.append("max_tokens=0 must be at least 1, or -1 for every token; use max_tokens=-1")
         if self.stride and self.max_tokens not in (None, -1):

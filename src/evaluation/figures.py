@@ -1,4 +1,4 @@
-"""How every figure looks: legible 400 pixels or 3.3 inches wide, in colours that a colour-blind person tells apart."""
+"""The style of all figures: legible 3.3 inches or 400 pixels wide, in colours that colour-blind readers tell apart."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SKY, BLUE, VERMILLION = "#56B4E9", "#0072B2", "#D55E00"  # Okabe & Ito 2008
 
 
 def new_figure(width: float = 4.8, height: float = 3.6, **subplots: Any) -> tuple[Figure, Any]:
-    """An empty figure of so many inches, 200 pixels each, and its axes as ``Figure.subplots`` returns them."""
-    from matplotlib.figure import Figure  # draws without pyplot: no display, no global state
+    """An empty figure, its size in inches at 200 dpi, and its axes as ``Figure.subplots`` returns them."""
+    from matplotlib.figure import Figure  # without pyplot, so no display and no global state
 
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     axes = figure.subplots(**subplots)
@@ -27,15 +27,15 @@ def new_figure(width: float = 4.8, height: float = 3.6, **subplots: Any) -> tupl
 
 
 def short(count: float, _: Any = None) -> str:
-    """1,500,000 as ``1.5M``."""
-    for size, unit in (1e9, "B"), (1e6, "M"), (1e3, "k"):
+    """Thousands separated, and 1,500,000 as ``1.5M``."""
+    for size, unit in (1e9, "B"), (1e6, "M"):
         if abs(count) >= size:
             return f"{count / size:g}{unit}"
-    return f"{count:g}"
+    return f"{count:,g}"
 
 
 def label_log_axis(axis: Axis, low: float, high: float) -> None:
-    """Put plain numbers on a logarithmic ``axis`` whose data reaches from ``low`` to ``high``."""
+    """Label a logarithmic ``axis`` with plain numbers. Its data lies between ``low`` and ``high``."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     near = high < 10 * low
@@ -45,7 +45,7 @@ def label_log_axis(axis: Axis, low: float, high: float) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a 25th of ``values`` around each: as many before it as there are, as many behind it at most."""
+    """The running mean of ``values`` over a window of a 25th of them, which narrows towards the two ends."""
     at, half = np.arange(len(values)), max(len(values) // 50, 2)
     first = at - np.minimum(at, half)
     last = np.minimum(2 * at - first, len(values) - 1)

@@ -15,7 +15,7 @@ from src.model.gpt import GPT
 
 
 class Surprise(NamedTuple):
-    """A token that the model did not see coming: its place in the text, its loss in nats, and what was likeliest."""
+    """A token with a high loss: its position in the text, its loss in nats, its id, and the likeliest token instead."""
 
     at: int
     loss: float
@@ -25,8 +25,8 @@ class Surprise(NamedTuple):
 
 @dataclass
 class TextLoss:
-    """Sums over the tokens scored. ``by_position`` is the mean loss in nats of the targets with 1, 2, ... tokens of
-    context, NaN where none was scored; ``counts`` ``(V,)`` says how often each token was scored."""
+    """Sums over the tokens scored. ``total`` is in nats. ``by_position`` is the mean loss of the targets with 1, 2, ...
+    tokens of context, NaN where none was scored. ``counts`` ``(V,)`` is how often each token was scored."""
 
     total: float
     bytes: int
@@ -64,19 +64,19 @@ def text_loss(
 ) -> TextLoss:
     """Score each of ``tokens`` ``(N,)`` but the first, once; or all targets of the whole windows at ``starts``.
 
-    Windows of ``context_length`` begin ``stride`` tokens apart (None: ``context_length``), and of each only those
-    targets count that no earlier window had; so a smaller stride gives each token at least ``context_length - stride``
-    tokens of context, at a higher price. The last window may be shorter. ``byte_counts`` ``(n_vocab,)`` are the
-    bytes per token.
+    Windows of ``context_length`` begin ``stride`` tokens apart (None: ``context_length``). A window counts only the
+    targets that no earlier window had, so a smaller stride gives each token at least ``context_length - stride`` tokens
+    of context, at a higher cost. The last window may be shorter. ``byte_counts`` ``(n_vocab,)`` are the bytes per
+    token, and ``surprises`` is the number of tokens with the highest loss to return.
 
     Raises:
         ValueError: fewer than two tokens, or a stride above ``context_length``.
     """
     stride = stride or context_length
     if len(tokens) < 2:
-        raise ValueError(f"the text has {len(tokens)} tokens, one is scored by those before it: data.path=<more text>")
+        raise ValueError(f"the text has {len(tokens)} tokens, scoring needs at least 2; use data.path=<more text>")
     if stride > context_length:
-        raise ValueError(f"stride={stride} would leave tokens out between windows: stride={context_length}")
+        raise ValueError(f"stride={stride} would leave out tokens between windows; use stride={context_length}")
     device = net.tok_emb.weight.device
     sums, at_position = np.zeros(context_length), np.zeros(context_length, dtype=np.int64)
     counts, scored_bytes = np.zeros(net.config.vocab_size, dtype=np.int64), 0
@@ -108,9 +108,9 @@ def text_loss(
 
 
 def _batches(count: int, length: int, stride: int, batch_size: int) -> Iterator[tuple[Sequence[int], int, int]]:
-    """Starts of windows, the number of targets in each, and how many of these, the last ones, count."""
+    """Starts of windows, the number of targets in each, and how many of these count, from the end of the window."""
     starts = range(0, count - length, stride)
-    alone = 0 if stride == length else 1  # of the first window more targets count than of those behind it
+    alone = 0 if stride == length else 1  # the first window counts more targets than those after it
     if starts[:alone]:
         yield starts[:alone], length, length
     for first in range(alone, len(starts), batch_size):
@@ -137,9 +137,9 @@ def _worst(
 
 
 def unigram_loss(scored: np.ndarray, fitted_on: np.ndarray) -> float:
-    """Loss in nats per token of tokens that occur ``scored`` ``(V,)`` times, under the frequencies in ``fitted_on``
-    ``(N,)``, with one added to each count (Laplace)."""
+    """Loss in nats per token of a model that knows only how often each token occurs in ``fitted_on`` ``(N,)``, with one
+    added to each count (Laplace smoothing). ``scored`` ``(V,)`` counts the tokens that it is applied to."""
     counts = np.ones(len(scored))
-    for start in range(0, len(fitted_on), 2**20):  # they may be more than fit in memory
+    for start in range(0, len(fitted_on), 2**20):  # it may not fit in memory
         counts += np.bincount(fitted_on[start : min(start + 2**20, len(fitted_on))], minlength=len(scored))
     return float(-(scored * np.log(counts / counts.sum())).sum() / scored.sum())

@@ -1,4 +1,4 @@
-"""An evaluation as pictures and a table."""
+"""An evaluation as figures and a table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BEFORE = 12  # tokens shown before a surprising one
 
 
 def write_report(found: TextLoss, tokens: np.ndarray, tokenizer: tiktoken.Encoding, folder: Path) -> None:
-    """Into ``folder``: ``plots/loss_by_position.png``, and, if any were asked for, the tokens that surprised most as
-    a table, ``surprises.md``, and as ``plots/surprises.png``."""
+    """Write ``plots/loss_by_position.png`` to ``folder``, and, if ``found`` has surprises, ``surprises.md``, a table,
+    and ``plots/surprises.png``."""
 
     def text(part) -> str:
         whole = b"".join(token_bytes(int(token), tokenizer) for token in part)
@@ -42,12 +42,12 @@ def write_report(found: TextLoss, tokens: np.ndarray, tokenizer: tiktoken.Encodi
         rows.append(f"| {surprise.loss:.2f} | {math.exp(-surprise.loss):.1e} | {shown} |")
         labels.append(f"{before[-30:]} [{token}]")
     (folder / "surprises.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    with warnings.catch_warnings(action="ignore"):  # of letters that the font does not have
+    with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
         most_surprising(labels, [one.loss for one in found.surprises]).savefig(plots / "surprises.png")
 
 
 def loss_by_position(means: np.ndarray) -> Figure:
-    """Mean loss over the number of tokens of context, ``(T,)``, NaN where there is none."""
+    """Mean loss ``(T,)`` over the number of tokens of context, NaN where none was scored."""
     figure, axes = new_figure()
     axes.plot(np.arange(1, len(means) + 1), means, color=BLUE, linewidth=1)
     axes.set_xlabel("tokens of context")
@@ -56,7 +56,7 @@ def loss_by_position(means: np.ndarray) -> Figure:
 
 
 def most_surprising(labels: list[str], losses: list[float]) -> Figure:
-    """The most surprising tokens, each with the words before it, the worst on top."""
+    """The tokens with the highest loss, each with the words before it, the highest at the top."""
     figure, axes = new_figure(6.4, 0.6 + 0.24 * len(labels))
     places = np.arange(len(labels))[::-1]
     axes.barh(places, losses, color=BLUE)

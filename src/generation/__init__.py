@@ -1,1 +1,1 @@
-"""Text out of a trained model, in plain PyTorch."""
+"""Text from a trained model, in plain PyTorch."""

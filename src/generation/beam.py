@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations as a whole, rather than token by token."""
+"""Beam search: continuations that are likely as a whole instead of token by token."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from src.model.gpt import GPT
 
 
 class Hypothesis(NamedTuple):
-    """A continuation ``tokens`` ``(N,)``, end-of-text included, and its ``score``, its log-probability divided by
+    """A continuation ``tokens`` ``(N,)``, end-of-text included; its ``score`` is its log-probability divided by
     ``N ** length_penalty``."""
 
     score: float
@@ -32,17 +32,17 @@ def beam_search(
     end_token: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[Hypothesis]]:
-    """The up to ``num_beams`` best hypotheses for each of ``tokens`` ``(P, T)``, best first.
+    """At most ``num_beams`` hypotheses for each of ``tokens`` ``(P, T)``, best first.
 
-    At each step the ``num_beams`` likeliest unfinished continuations of a prompt go on. One that ends among the
-    likeliest ``num_beams`` is kept by its score (see :func:`~src.generation.decode.decode` for ``end_token``, ``stop``,
-    ``padding`` and ``vocab_size``). A search is over once ``num_beams`` are kept and the likeliest unfinished one,
-    at its present length, scores no better than the worst of them, as with Hugging Face's ``early_stopping=False``.
-    A single beam has nothing to weigh: it stops at its first end, and is greedy decoding. ``length_penalty`` above 0
-    favours long hypotheses (Wu et al. 2016, section 7, has another form of it).
+    At each step the ``num_beams`` likeliest unfinished continuations of a prompt are extended. One that ends among the
+    ``num_beams`` likeliest is kept with its score (see :func:`~src.generation.decode.decode` for ``end_token``,
+    ``stop``, ``padding`` and ``vocab_size``). The search ends when ``num_beams`` are kept and the likeliest unfinished
+    one, at its present length, scores no better than the worst of them, as with Hugging Face's
+    ``early_stopping=False``. A single beam stops at its first end, and is greedy decoding. ``length_penalty`` above 0
+    favours long hypotheses (Wu et al. 2016, section 7, use another formula).
 
     Raises:
-        ValueError: an empty prompt, for which there is no next token.
+        ValueError: an empty prompt; logits that are not finite.
     """
     P, K = len(tokens), num_beams
     finished: list[list[Hypothesis]] = [[] for _ in range(P)]
@@ -53,12 +53,12 @@ def beam_search(
         rows = torch.arange(P, device=tokens.device).repeat_interleave(K)
         context.select(rows)
         scores = torch.full((P, K), float("-inf"), device=tokens.device)
-        scores[:, 0] = 0.0  # all beams are the same yet
+        scores[:, 0] = 0.0  # all beams are still the same
         for length in range(1, max_new_tokens + 1):
             logits = logits[rows] if length == 1 else context.next_logits()  # (P * K, V)
             steps = penalise_repetition(logits.log_softmax(dim=-1), repetition_penalty, context.tokens)
             totals = (steps.view(P, K, -1) + scores.unsqueeze(-1)).flatten(1)  # (P, K * V)
-            best, at = totals.topk(min(2 * K, totals.shape[1]), dim=1)  # (P, 2K): enough that K of them go on
+            best, at = totals.topk(min(2 * K, totals.shape[1]), dim=1)  # (P, 2K): at least K of them do not end
             parents = at // logits.shape[-1] + torch.arange(0, P * K, K, device=at.device).unsqueeze(1)
             new = at % logits.shape[-1]
             written = context.tokens[parents, tokens.shape[1] :]  # (P, 2K, length - 1)
@@ -68,8 +68,8 @@ def beam_search(
                 ends = ends | stop(written.flatten(0, 1)).view_as(ends)
             if length == max_new_tokens:
                 ends = torch.ones_like(ends)
-            going_on = best.masked_fill(ends, float("-inf"))
-            scores, chosen = going_on.topk(K, dim=1)  # (P, K)
+            unfinished = best.masked_fill(ends, float("-inf"))
+            scores, chosen = unfinished.topk(K, dim=1)  # (P, K)
             for prompt in sorted(open_prompts):
                 kept = finished[prompt]
                 for rank in (ends[prompt, :K] & best[prompt, :K].isfinite()).nonzero().flatten().tolist():

@@ -1,18 +1,19 @@
-"""How the next token is chosen, and how many tokens, samples and beams."""
+"""How the next token is chosen, how many tokens, samples and beams, and what ``python -m src.generate`` takes."""
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
 
+MOST_BEAMS = 256
 Device = Literal["auto", "cpu", "cuda", "gpu", "mps"]
 
 
 class Sampling(Config):
     """How one next token is chosen; see :func:`~src.generation.sampling.filter_logits`.
 
-    ``temperature=0`` takes the likeliest. ``top_k=None`` or 0, ``top_p=None`` or 1, ``min_p=None`` or 0 and
+    ``temperature=0`` takes the likeliest token. ``top_k=None`` or 0, ``top_p=None`` or 1, ``min_p=None`` or 0 and
     ``repetition_penalty=1`` leave the distribution as it is.
     """
 
@@ -26,15 +27,16 @@ class Sampling(Config):
 class GenerationConfig(Sampling):
     """:class:`Sampling`, and how many tokens, samples and beams; the defaults are those of ``python -m src.generate``.
 
-    ``num_beams`` above 1 searches instead of drawing, with ``temperature=0``, and then ``num_samples`` are the best
-    hypotheses by sum of log-probabilities / length ** ``length_penalty``. ``cuda_graph`` records the step of decoding
-    on a GPU."""
+    ``num_beams`` above 1 searches instead of drawing and needs ``temperature=0``; it returns the ``num_samples`` best
+    hypotheses by sum of log-probabilities / length ** ``length_penalty``. ``cuda_graph`` records the decoding step on a
+    GPU.
+    """
 
     temperature: float = Field(1.0, ge=0)
     top_k: int | None = Field(25, ge=0)
     max_new_tokens: int = Field(50, ge=1)
     num_samples: int = Field(1, ge=1, le=10_000)
-    num_beams: int = Field(1, ge=1, le=256)  # all are held in memory; samples are drawn some at a time
+    num_beams: int = Field(1, ge=1, le=MOST_BEAMS)  # all are in memory at once; samples are drawn in batches
     length_penalty: float = Field(1.0, ge=-100, le=100)
     seed: int = Field(123, ge=0, lt=2**63)
     cuda_graph: bool = False
@@ -44,14 +46,36 @@ class GenerationConfig(Sampling):
         found = []
         if self.num_beams > 1 and self.temperature:
             found.append(
-                f"num_beams={self.num_beams} searches, temperature={self.temperature} draws; use temperature=0 or "
+                f"num_beams={self.num_beams} searches and temperature={self.temperature} draws; use temperature=0 or "
                 f"generation=beam, or num_beams=1"
             )
         if self.num_beams > 1 and self.num_samples > self.num_beams:
-            found.append(
-                f"num_samples={self.num_samples} is more than num_beams={self.num_beams} can keep; "
-                f"use num_beams={self.num_samples}"
-            )
+            possible = self.num_samples <= MOST_BEAMS
+            cure = f"num_beams={self.num_samples}" if possible else f"num_samples={self.num_beams}"
+            found.append(f"num_samples={self.num_samples} is more than num_beams={self.num_beams} keep; use {cure}")
         if found:
             raise ValueError("\n".join(found))
+        return self
+
+
+class GenerateConfig(GenerationConfig):
+    """The keys of ``conf/generate.yaml``, which explains them; keys that a user adds are allowed. ``prompt``,
+    ``prompt_file`` and ``stop`` may be given several times on a command line."""
+
+    model_config = ConfigDict(extra="allow")
+
+    weights: str = "gpt2"
+    prompt: tuple[str, ...] | None = None
+    prompt_file: tuple[str, ...] | None = None
+    stop: tuple[str, ...] | None = None
+    special_tokens: Literal["parse", "text"] = "parse"
+    echo: bool = True
+    inspect: bool = False
+    device: Device = "auto"
+    precision: Literal["32-true", "bf16-true"] = "32-true"
+
+    @model_validator(mode="after")
+    def _one_text_is_inspected(self) -> "GenerateConfig":
+        if self.inspect and (self.num_beams > 1 or self.num_samples > 1):
+            raise ValueError("inspect=true shows a single text; use num_samples=1 num_beams=1")
         return self

@@ -1,4 +1,4 @@
-"""The decoding loop: read the prompts once, then one token at a time from the cache."""
+"""The decoding loop: the prompts are read once, then one token at a time with a cache."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,18 @@ from src.model.gpt import GPT
 
 
 class Context:
-    """Rows of tokens, ``(B, L)``, and the cache of what the model has read of them.
+    """Rows of tokens, ``(B, L)``, and the cache of keys and values of those that the model has read.
 
-    Beyond ``context_length`` the window slides: each further token is predicted from the last ``context_length``. Since
-    GPT-2's positions are absolute, a window that has moved is read anew; before that no token is read twice.
+    Beyond ``context_length`` the window slides: each further token is predicted from the last ``context_length``
+    tokens. Since GPT-2's positions are absolute, a window that has moved is read again as a whole; before that no token
+    is read twice.
 
-    ``padding`` ``(B,)`` counts the tokens at the beginning of each row that do not belong to it; ``vocab_size`` those
-    that may come next, where the model's vocabulary is padded. ``cuda_graph`` records the reading of a token on a GPU.
+    ``padding`` ``(B,)`` counts the tokens at the beginning of each row that do not belong to it. ``vocab_size`` is the
+    number of tokens that may come next if the model's vocabulary is padded. ``cuda_graph`` records the reading of one
+    token on a GPU.
+
+    Raises:
+        ValueError: an empty prompt.
     """
 
     def __init__(
@@ -33,12 +38,14 @@ class Context:
         cuda_graph: bool = False,
     ) -> None:
         if tokens.shape[1] == 0 or (padding is not None and padding.max() >= tokens.shape[1]):
-            raise ValueError("an empty prompt has no next token: start from the end-of-text token, 50256")
+            raise ValueError("an empty prompt has no next token; use the end-of-text token, 50256")
         self.net = net
         self.vocab_size = vocab_size or net.config.vocab_size
         if padding is not None:
             padded = torch.arange(tokens.shape[1], device=tokens.device) < padding.unsqueeze(1)  # (B, L)
-            tokens = torch.where(padded, tokens.gather(1, padding.unsqueeze(1)), tokens)  # else it counts as seen
+            tokens = torch.where(
+                padded, tokens.gather(1, padding.unsqueeze(1)), tokens
+            )  # or the padding would count as seen
         self.tokens = tokens
         self._padding = padding
         self._unread = tokens
@@ -48,10 +55,10 @@ class Context:
         self._cache = KVCache(net.config, len(tokens), weight.device, weight.dtype, padding)
 
     def next_logits(self) -> Tensor:
-        """Read what was not read yet; the logits ``(B, V)`` float32 of the tokens to come.
+        """Read the unread tokens; the logits ``(B, V)`` of the next ones, in float32.
 
         Raises:
-            ValueError: the model makes infinities or NaN, among which there is no likeliest.
+            ValueError: logits that are not finite, of which none is the largest.
         """
         window = self.net.config.context_length
         if self._cache.length + self._unread.shape[1] > window:
@@ -67,19 +74,19 @@ class Context:
             last = self.net.hidden_states(self._unread, self._cache)[:, -1]  # (B, C)
         logits = self.net.head(last).float()  # (B, V)
         if not all(map(math.isfinite, torch.stack(logits.aminmax()).tolist())):
-            raise ValueError("the model's logits are not finite, no token follows from them: weights=<other weights>")
+            raise ValueError("the model's logits are not finite, no token can be chosen; use weights=<other weights>")
         logits[:, self.vocab_size :] = float("-inf")
         return logits
 
     def append(self, tokens: Tensor) -> None:
-        """``tokens`` ``(B, 1)`` come next."""
+        """Add the next ``tokens`` ``(B, 1)``."""
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
         self._unread = tokens
 
     def select(self, rows: Tensor) -> None:
-        """Go on with ``rows`` ``(N,)``, which share what was read."""
+        """Continue with ``rows`` ``(N,)``, which may repeat; nothing is read again."""
         self._cache.select(rows)
-        if len(rows) != len(self.tokens):  # other tensors than those that were recorded
+        if len(rows) != len(self.tokens):  # the tensors differ from the recorded ones
             self._graph = None
         self.tokens = self.tokens[rows]
         if self._padding is not None:
@@ -94,16 +101,16 @@ class Step(NamedTuple):
 
 
 class evaluating:
-    """A context without dropout and gradients; afterwards every module is in the mode in which it was."""
+    """A context without dropout and gradients; on exit, every module returns to its mode."""
 
     def __init__(self, net: GPT) -> None:
-        self._modules = list(net.modules())  # once: to list them takes longer than to read them
+        self._modules = list(net.modules())  # listed once, which takes longer than the loop over them
 
     def __enter__(self) -> None:
         self._training = [module for module in self._modules if module.training]
         for module in self._training:
             module.training = False
-        self._no_grad = torch.no_grad()  # not inference_mode, whose tensors could not be trained on
+        self._no_grad = torch.no_grad()  # inference_mode's tensors could not be trained on
         self._no_grad.__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -126,15 +133,16 @@ def decode(
     stop: Callable[[Tensor], Tensor] | None = None,
     cuda_graph: bool = False,
 ) -> Iterator[Step]:
-    """Continue each of ``tokens`` ``(P, T)`` ``num_samples`` times, a :class:`Step` of all B = P * num_samples rows
-    at a time.
+    """Continue each of ``tokens`` ``(P, T)`` ``num_samples`` times; yields a :class:`Step` of all
+    B = P * num_samples rows per token.
 
-    A row ends with ``end_token``, or once ``stop`` of what it has got so far, ``(B, N)``, is true ``(B,)``; behind that
-    it holds ``end_token`` (or 0). The prompts are read once, whatever ``num_samples``. There is one ``generator`` for
-    all rows, or one for each prompt. See :class:`Context` for ``padding``, ``vocab_size`` and ``cuda_graph``.
+    A row ends with ``end_token``, or when ``stop``, called with the new tokens ``(B, N)``, returns true for it
+    ``(B,)``; after that it holds ``end_token`` (or 0). The prompts are read once for any ``num_samples``. There is one
+    ``generator`` for all rows, or one per prompt. See :class:`Context` for ``padding``, ``vocab_size`` and
+    ``cuda_graph``.
 
     Raises:
-        ValueError: an empty prompt, for which there is no next token; logits that are not finite.
+        ValueError: an empty prompt; logits that are not finite.
     """
     context = Context(net, tokens, padding, vocab_size, cuda_graph)
     ended = torch.zeros(len(tokens) * num_samples, dtype=torch.bool, device=tokens.device)
@@ -166,16 +174,16 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     **options,
 ) -> Tensor:
-    """``tokens`` ``(P, T)`` and what :func:`decode` continues them by: ``(P * num_samples, T + N)`` int64, where N is
-    ``max_new_tokens``, or less where all rows have ended. Takes the options of :func:`decode`."""
+    """``tokens`` ``(P, T)`` with their continuations by :func:`decode`, ``(P * num_samples, T + N)`` int64; N is
+    ``max_new_tokens``, or less if all rows have ended. Takes the options of :func:`decode`."""
     rows = tokens.repeat_interleave(options.get("num_samples", 1), dim=0)
     steps = [step.tokens for step in decode(net, tokens, max_new_tokens, sampling, generator, **options)]
     return torch.cat([rows, *steps], dim=1)
 
 
 def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Rows ``(T_i,)`` of different length as one batch ``(B, max T)`` aligned at its end, and its padding ``(B,)``,
-    which is None where they are all of one length."""
+    """Rows ``(T_i,)`` of different lengths as one batch ``(B, max T)``, aligned at the end, and its padding ``(B,)``,
+    or None if all have the same length."""
     longest = max(len(row) for row in rows)
     padding = torch.tensor([longest - len(row) for row in rows], device=rows[0].device)
     tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])

@@ -1,4 +1,4 @@
-"""A decoding step as a CUDA graph: hundreds of small kernels started by one call."""
+"""A decoding step as a CUDA graph: one call launches hundreds of small kernels."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch import Tensor
 from src.model.cache import KVCache
 from src.model.gpt import GPT
 
-WARM_UP = 3  # steps before the recording, in which libraries allocate
+WARM_UP = 3  # steps before the recording, during which libraries allocate
 
 
 class StepGraph:
-    """What ``net`` makes of one more token of each row, recorded once and replayed for each further token.
+    """The step of ``net`` from one more token of each row to hidden states, recorded once and replayed for each token.
 
-    ``cache`` is fixed and belongs to the recording, to be made in evaluation mode and without gradients. Not yet run on
-    a GPU by its authors; off by default.
+    It takes over ``cache``, which it fixes to its full length, and is to be made in evaluation mode and without
+    gradients. Off by default: not yet run on a GPU.
     """
 
     def __init__(self, net: GPT, cache: KVCache, tokens: Tensor) -> None:
@@ -34,8 +34,8 @@ class StepGraph:
         cache.rewind(length)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The hidden states ``(B, 1, C)`` of ``tokens`` ``(B, 1)``, which come next; overwritten by the next call."""
+        """The hidden states ``(B, 1, C)`` of the next ``tokens`` ``(B, 1)``; the next call overwrites them."""
         self._tokens.copy_(tokens)
-        self._graph.replay()  # which moves the cache's place on the device
+        self._graph.replay()  # which advances the cache's position on the device
         self._cache.length += 1
         return self._hidden

@@ -9,16 +9,16 @@ from src.generation.config import Sampling
 
 
 def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """The logits ``(B, V)`` float32 of the distribution to draw from; -inf for tokens that are left out.
+    """The logits ``(B, V)``, in float32, of the distribution to draw from; -inf for tokens that are left out.
 
     In this order: the repetition penalty on the tokens ``seen`` ``(B, L)`` (Keskar et al. 2019, section 4.1), the
-    temperature, the ``top_k`` largest and their equals (Fan et al. 2018), the likeliest that together reach ``top_p``
+    temperature, the ``top_k`` largest and their ties (Fan et al. 2018), the likeliest that together reach ``top_p``
     (Holtzman et al. 2020), and those at least ``min_p`` times as likely as the likeliest (Nguyen et al. 2024). The
     likeliest token always stays.
     """
     logits = penalise_repetition(logits.float(), sampling.repetition_penalty, seen)
     temperatures = torch.as_tensor(sampling.temperature, dtype=torch.float32, device=logits.device)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # else a tiny temperature makes infinities of them
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # or a tiny temperature would overflow
     logits = logits / temperatures.masked_fill(temperatures == 0, 1.0)
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # (B, 1)
@@ -26,7 +26,7 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, tokens = logits.sort(dim=-1, descending=True)  # (B, V)
         probabilities = ordered.softmax(dim=-1)
-        left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the likelier ones reach it already
+        left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the likelier ones already reach it
         left_out[:, 0] = False
         logits = logits.masked_fill(left_out.scatter(-1, tokens, left_out), float("-inf"))
     if sampling.min_p:
@@ -37,8 +37,8 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
 
 
 def penalise_repetition(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
-    """``logits`` ``(B, V)``, those of the tokens ``seen`` ``(B, L)`` divided by ``penalty``, or multiplied where
-    they are negative."""
+    """``logits`` ``(B, V)`` with those of the tokens ``seen`` ``(B, L)`` divided by ``penalty``, or multiplied by it
+    if they are negative."""
     if penalty == 1 or seen is None:
         return logits
     scores = logits.gather(-1, seen)
@@ -51,9 +51,9 @@ def next_token(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row, ``(B, 1)`` int64, from its last logits ``(B, V)``: drawn with ``generator`` from what
-    :func:`filter_logits` leaves, or, at temperature 0, the likeliest. Of several generators, each draws for an equal
-    share of the rows, in their order."""
+    """The next token of each row, ``(B, 1)`` int64, from its last logits ``(B, V)``: drawn with ``generator`` from the
+    distribution of :func:`filter_logits`, or the likeliest at temperature 0. Several generators draw for equal,
+    consecutive groups of rows."""
     sampling = sampling or Sampling()
     temperatures = torch.as_tensor(sampling.temperature, device=logits.device)
     penalised = penalise_repetition(logits, sampling.repetition_penalty, seen)

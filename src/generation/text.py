@@ -1,4 +1,4 @@
-"""Text in, text out: prompts of any length together, whole characters only, stop strings."""
+"""Text in, text out: prompts of different lengths together, whole characters only, stop strings."""
 
 import codecs
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +15,12 @@ from src.generation.decode import Step, decode, pad_left
 from src.model.gpt import GPT
 from src.tokenizer import gpt2_tokenizer, text_to_token_ids, token_bytes
 
-ROWS = 32  # that are decoded together
+ROWS = 32  # decoded together
 
 
 class Continuation(NamedTuple):
     """What follows a prompt: its text without end-of-text and stop strings, its tokens with them, and the score of the
-    hypothesis where beams were searched."""
+    hypothesis from a beam search."""
 
     text: str
     tokens: list[int]
@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
 
 class TextStream:
-    """Tokens in, text out as soon as it is certain: never half a character, nor what may belong to a stop string."""
+    """Tokens in, text out as soon as it is final: never half a character, nor what may begin a stop string."""
 
     def __init__(self, stop: Sequence[str] = (), tokenizer: tiktoken.Encoding | None = None) -> None:
         self.stopped = False
@@ -38,7 +38,7 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that became certain with ``token``."""
+        """The text that became final with ``token``."""
         if token == self._tokenizer.eot_token:
             self.stopped = True
         if self.stopped:
@@ -47,12 +47,12 @@ class TextStream:
         return self._release(self._undecided())
 
     def finish(self) -> str:
-        """The rest of the text; no token follows."""
+        """The rest of the text, after the last token."""
         self._held += self._decoder.decode(b"", final=True)
         return self._release(0)
 
     def _undecided(self) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
+        """How many of the last characters may begin a stop string."""
         longest = max((len(text) for text in self._stop), default=1) - 1
         lengths = range(min(longest, len(self._held)), 0, -1)
         return next((n for n in lengths if any(text.startswith(self._held[-n:]) for text in self._stop)), 0)
@@ -83,11 +83,11 @@ def continue_texts(
     """``config.num_samples`` continuations of each prompt, drawn, or found by beam search.
 
     Each ends with end-of-text, before the first of the ``stop`` strings, or after ``config.max_new_tokens``. An empty
-    prompt stands for the beginning of a document, end-of-text. Of a single continuation ``on_text`` gets the text as it
-    becomes certain; ``on_step`` gets each step of :func:`~src.generation.decode.decode`.
+    prompt stands for the beginning of a document, end-of-text. ``on_text`` receives the text of a single continuation
+    as it becomes final; ``on_step`` receives each step of :func:`~src.generation.decode.decode`.
 
-    Each prompt draws from a generator of its own, made of ``config.seed`` and its number, counted from ``first``: what
-    it is continued by does not depend on the others.
+    Each prompt has its own generator, seeded with ``config.seed`` and its number, counted from ``first``, so that its
+    continuations do not depend on the other prompts.
 
     Raises:
         ValueError: the model's vocabulary is smaller than the tokenizer's; its logits are not finite.
@@ -133,17 +133,17 @@ def continue_texts(
 
 
 def _generator(seed: int, prompt: int, device: torch.device) -> torch.Generator:
-    """Of the first prompt, 0, it is that of ``torch.manual_seed(seed)``."""
+    """The generator of ``prompt``; that of prompt 0 is seeded with ``seed`` itself."""
     state = np.random.SeedSequence([seed, prompt]).generate_state(1, np.uint64)[0] if prompt else seed
     return torch.Generator(device).manual_seed(int(state))
 
 
 def check_vocabulary(net: GPT, tokenizer: tiktoken.Encoding) -> None:
-    """A ValueError where the model's vocabulary is smaller than the tokenizer's."""
+    """Raise a ValueError if the model's vocabulary is smaller than the tokenizer's."""
     if net.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
-            f"the model knows {net.config.vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}: "
-            f"weights=<a model of {tokenizer.n_vocab:,} tokens>"
+            f"the model has {net.config.vocab_size:,} tokens, the tokenizer {tokenizer.n_vocab:,}; "
+            f"use weights=<a model of {tokenizer.n_vocab:,} tokens>"
         )
 
 
@@ -160,11 +160,11 @@ def _continuation(
 
 
 def _stopper(stop: Iterable[str], tokenizer: tiktoken.Encoding) -> Callable[[Tensor], Tensor] | None:
-    """Whether the last token of each row ``(B, N)`` completes any of ``stop``; None without any."""
+    """A function that tells whether the last token of each row ``(B, N)`` completes one of ``stop``; None if empty."""
     wanted = [text.encode(errors="surrogatepass") for text in stop if text]
     if not wanted:
         return None
-    longest = max(map(len, wanted))  # a token stands for a byte at least
+    longest = max(map(len, wanted))  # a token is at least one byte
 
     def stops(tokens: Tensor) -> Tensor:
         ends = [b"".join(token_bytes(token, tokenizer) for token in row) for row in tokens[:, -longest:].tolist()]

@@ -1,9 +1,9 @@
 """TensorFlow's checkpoints, read without TensorFlow.
 
-A checkpoint ``model.ckpt`` is a table ``model.ckpt.index`` of names and the places of their values in
-``model.ckpt.data-00000-of-00001``. The table is LevelDB's (its ``doc/table_format.md``): blocks of sorted keys, of
-which each repeats only what differs from the one before. Its values are TensorFlow's ``BundleEntryProto`` in the wire
-format of Protocol Buffers (``tensorflow/core/protobuf/tensor_bundle.proto``).
+The file ``model.ckpt.index`` of a checkpoint ``model.ckpt`` is a table from names to the offsets of their values in
+``model.ckpt.data-00000-of-00001``. The table has LevelDB's format (its ``doc/table_format.md``): blocks of sorted keys,
+each stored as what differs from the key before. The values are TensorFlow's ``BundleEntryProto`` in the wire format of
+Protocol Buffers (``tensorflow/core/protobuf/tensor_bundle.proto``).
 """
 
 import math
@@ -29,17 +29,17 @@ class Entry(NamedTuple):
 
 
 def read_bundle(prefix: Path, beginning: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Names, without their ``beginning``, and values of the floating-point tensors of the checkpoint ``prefix`` whose
-    names begin so.
+    """Name, without its ``beginning``, and value of each floating-point tensor of the checkpoint ``prefix`` whose name
+    has that beginning.
 
     Raises:
-        ValueError, IndexError, TypeError, OverflowError: a table that is none.
-        OSError: a file that is missing.
+        ValueError, IndexError, TypeError, OverflowError: the table is damaged.
+        OSError: a file is missing.
     """
     entries = {key.decode(): value for key, value in _table(prefix.with_name(f"{prefix.name}.index").read_bytes())}
     shards = _first(_fields(entries.pop("", b"")), 1, 1)
     data: dict[int, np.ndarray] = {}
-    left: dict[int, int] = {}  # bytes of each file that no tensor has claimed
+    left: dict[int, int] = {}  # bytes of each file that no tensor has claimed yet
     for name, value in entries.items():
         entry = _entry(value)
         if entry.dtype not in DTYPES or not name.startswith(beginning):
@@ -63,22 +63,22 @@ def _entry(value: bytes) -> Entry:
         _first(_fields(dim), 1, 0) for number, proto in fields if number == 2 for n, dim in _fields(proto) if n == 2
     ]
     if any(number == 7 for number, _ in fields):
-        raise ValueError("a tensor in slices")
+        raise ValueError("a tensor is split into slices")
     return Entry(_first(fields, 1, 0), tuple(shape), _first(fields, 3, 0), _first(fields, 4, 0), _first(fields, 5, 0))
 
 
 def _first(fields, number: int, default: int) -> int:
     value = next((value for n, value in fields if n == number), default)
     if not isinstance(value, int):
-        raise ValueError("a text where a number should be")
+        raise ValueError("a text instead of a number")
     return value
 
 
 def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
     if file[-8:] != MAGIC:
-        raise ValueError("its index is none of TensorFlow's")
+        raise ValueError("its index is not TensorFlow's")
     footer = file[-48:]
-    _, at = _varint(footer, 0)  # the place of the meta index, which is of no use here
+    _, at = _varint(footer, 0)  # the offset of the meta index, which is not needed
     _, at = _varint(footer, at)
     for _, handle in _block(file, footer[at:]):
         yield from _block(file, handle)
@@ -123,7 +123,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The integer at ``at`` in base 128, and the place behind it."""
+    """The integer at ``at`` in base 128, and the offset after it."""
     value = shift = 0
     while True:
         byte = data[at]

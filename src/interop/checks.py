@@ -1,16 +1,16 @@
-"""Strangers' files: what is refused of them, and how that is told."""
+"""What is checked of files that others wrote: the sizes that they claim, and their tensors."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from src.checkpoint.sealed import printable
+from src.model.config import GPTConfig
 
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".att.mask")  # masks that some files carry along
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".att.mask")  # masks that some files contain
 DTYPES = (
     torch.float32,
     torch.float16,
@@ -21,48 +21,42 @@ DTYPES = (
     torch.int32,
     torch.int64,
 )
-LONGEST_REASON = 500  # characters
+SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
-class RefusedError(ValueError):
-    """Weights that are none, in one line with the cure."""
+def config_of(**values: Any) -> GPTConfig:
+    """A config of ``values`` from a file.
 
-
-Refuse = Callable[[str], RefusedError]
-
-
-def refusal(weights: str | Path, key: str) -> Refuse:
-    """Makes an error of a reason, whatever the reason quotes from a file: in one line, which a terminal shows as it is.
-
-    ``key`` is the override that named ``weights``.
+    Raises:
+        ValueError: an impossible value, or a size that is not an integer: ``"3"``, ``3.0`` and ``true``, which an
+            override may be, are signs of a damaged file.
     """
-
-    def refuse(reason: str) -> RefusedError:
-        return RefusedError(f"{key}={weights}: {printable(reason[:LONGEST_REASON])}: {key}=<another file or folder>")
-
-    return refuse
+    if wrong := [key for key in SIZES if type(values[key]) is not int]:
+        raise ValueError(f"model.{wrong[0]}={shown(values[wrong[0]])} is not an integer")
+    return GPTConfig(**values)
 
 
-def check_tensors(tensors: Any, refuse: Refuse) -> None:
-    """Whether ``tensors`` are names and dense tensors in memory that take no more of it than the file holds."""
+def check_tensors(tensors: Any) -> None:
+    """Raise a ValueError unless ``tensors`` maps names to dense tensors that do not claim more memory than the file
+    holds: tensors may share memory, and would take many times as much once copied."""
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
-        raise refuse("it holds no tensors by name")
+        raise ValueError("it holds no tensors by name")
     claimed, storages = 0, []
     for name, tensor in tensors.items():
         if not _is_dense(tensor):
-            raise refuse(f"{name[:100]} is no dense tensor")
+            raise ValueError(f"{name[:100]} is not a dense tensor")
         if tensor.dtype not in DTYPES:
-            raise refuse(f"{name[:100]} is of type {str(tensor.dtype)[6:]}, not float32, float16 or bfloat16")
+            raise ValueError(f"{name[:100]} is of type {str(tensor.dtype)[6:]}, not float32, float16 or bfloat16")
         storage = tensor.untyped_storage()
         storages.append((storage.data_ptr(), storage.nbytes()))
-        if not name.endswith(BUFFERS):  # which are dropped, and often one for all layers
+        if not name.endswith(BUFFERS):  # these are dropped, and all layers often share one
             claimed += tensor.nbytes
     held = end = 0
-    for begin, size in sorted(storages):  # some are shared, or parts of one another
+    for begin, size in sorted(storages):  # storages may overlap
         held += max(begin + size - max(begin, end), 0)
         end = max(begin + size, end)
-    if claimed > 2 * held:  # a head tied to the embedding is there twice
-        raise refuse(f"its tensors claim {claimed:,} bytes, the file holds {held:,}")
+    if claimed > 2 * held:  # a tied head counts twice
+        raise ValueError(f"its tensors claim {claimed:,} bytes, the file holds {held:,}")
 
 
 def _is_dense(tensor: Any) -> bool:

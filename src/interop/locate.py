@@ -1,4 +1,4 @@
-"""What ``weights=`` names, told from the file system alone."""
+"""What ``weights=`` names, from the file system alone."""
 
 import json
 import os
@@ -31,35 +31,35 @@ class Source(NamedTuple):
 
 
 def locate(weights: str, key: str = "weights") -> Source:
-    """Where ``weights`` are and of which kind.
+    """Where ``weights`` are, and of which kind. ``key`` is the override that named them.
 
     Raises:
-        ValueError: nothing there, a folder without weights, or a name that is not known.
+        ValueError: there is nothing, a folder without weights, or an unknown name.
     """
     if not weights:
-        raise ValueError(f"{key} is empty: {key}=<run folder>, or {key}=gpt2")
+        raise ValueError(f"{key} is empty; use {key}=<run folder> or {key}=gpt2")
     path = Path(os.path.expanduser(weights))
     try:
         if path.is_file():
             return Source("openai", path.with_suffix("")) if path.suffix == ".index" else Source("file", path)
         if path.is_dir():
             return _folder(path, key)
-        if path.name and path.with_name(f"{path.name}.index").is_file():  # TensorFlow's way to name a checkpoint
+        if path.name and path.with_name(f"{path.name}.index").is_file():  # TensorFlow names a checkpoint by a prefix
             return Source("openai", path)
     except OSError as error:
-        raise ValueError(f"{key}={weights} cannot be read ({error.strerror}): {key}=<a readable file>") from None
+        raise ValueError(f"{key}={weights} cannot be read ({error.strerror}); use {key}=<a readable file>") from None
     name = weights.removeprefix("openai-community/")
     if name in HUB:
         return Source("hub", Path(name))
     raise ValueError(
-        f"{key}={weights} is no file or folder (seen from {Path.cwd()}) and none of {', '.join(HUB)}: "
-        f"{key}=<run folder>, or {key}=gpt2"
+        f"{key}={weights} is not a file or folder (seen from {Path.cwd()}) and none of {', '.join(HUB)}; "
+        f"use {key}=<run folder> or {key}=gpt2"
     )
 
 
 def run_folder(weights: str) -> Path | None:
-    """The folder, with a ``run.json``, of the run that ``weights`` are of: it, or a checkpoint in it. None where they
-    are no run's."""
+    """The folder, with a ``run.json``, of the run that wrote ``weights``, which name it or a checkpoint in it; None if
+    they do not belong to a run."""
     path = Path(os.path.expanduser(weights)).absolute()
     try:
         folder = path if path.is_dir() else path.parent
@@ -70,7 +70,7 @@ def run_folder(weights: str) -> Path | None:
 
 
 def problems_of_weights(weights: str) -> list[str]:
-    """Why nothing can be read from ``weights=``, as far as the file system tells; in a line, if any."""
+    """The reason, if any, why :func:`locate` does not find ``weights``."""
     try:
         locate(weights)
     except ValueError as error:
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON.
 
     Raises:
-        ValueError: no file, no JSON, or no object.
+        ValueError: the file is missing, too large, not JSON, or not an object.
     """
     if not path.is_file():
         raise ValueError(f"there is no {path.name}")
@@ -93,9 +93,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"its {path.name} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {path.name} is no JSON ({str(error)[:100]})") from None
+        raise ValueError(f"its {path.name} is not JSON ({str(error)[:100]})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"its {path.name} holds no JSON object")
+        raise ValueError(f"its {path.name} does not hold a JSON object")
     return content
 
 
@@ -104,19 +104,19 @@ def _folder(path: Path, key: str) -> Source:
         return Source("run", path)
     if any((path / name).is_file() for name in HUGGINGFACE_FILES):
         if not (path / "config.json").is_file():
-            raise ValueError(f"{key}={path} has weights but no config.json, which says their shape: put it beside them")
+            raise ValueError(f"{key}={path} has weights but no config.json with their shape; put it beside them")
         return Source("huggingface", path)
     if any(path.glob("*.index")):
         if not (path / "hparams.json").is_file():
-            raise ValueError(f"{key}={path} has a checkpoint but no hparams.json: put OpenAI's beside it")
+            raise ValueError(f"{key}={path} has a checkpoint but no hparams.json; put OpenAI's beside it")
         return Source("openai", path)
     for name in WEIGHTS_FILE, BOOK_FILE, "model_and_optimizer.pth":
         if (path / name).is_file():
             return Source("file", path / name)
     if jobs := sorted(job.parent.name for job in path.glob("*/checkpoints")):
-        raise ValueError(f"{key}={path} is a sweep of several runs: {key}={path / jobs[0]}")
+        raise ValueError(f"{key}={path} is a sweep of several runs; use {key}={path / jobs[0]}")
     inside = [file.parent for file in (*path.glob("*/config.json"), *path.glob("*/hparams.json"))]
     raise ValueError(
         f"{key}={path} is a folder without weights, such as checkpoints/, model.safetensors, model.ckpt.index or "
-        f"{BOOK_FILE}: {key}={inside[0] if inside else '<a folder that has them>'}"
+        f"{BOOK_FILE}; use {key}={inside[0] if inside else '<a folder that has them>'}"
     )

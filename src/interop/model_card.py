@@ -1,27 +1,26 @@
-"""What the Hugging Face hub shows of a model."""
+"""The page that the Hugging Face hub shows of a model."""
 
 import json
 import math
 from typing import Any
 
 from src.checkpoint.sealed import printable
-from src.interop.names import shapes
+from src.interop.names import empty_model
 from src.model.config import GPTConfig
 
 
 def model_card(config: GPTConfig, run: dict[str, Any], record: dict[str, Any], name: str) -> str:
-    """A model card in the hub's form: what the model is, how it came about, how to use it.
+    """A model card in the hub's format: what the model is, how it was trained, how to use it.
 
-    ``run`` is what the checkpoint says of itself, its step, tokens and losses; ``record`` is the ``run.json`` of the
-    run that wrote it, which may have gone on since.
+    ``run`` is what the checkpoint records: its step, tokens and losses. ``record`` is the ``run.json`` of the run that
+    wrote it, which may have continued since.
     """
-    V, T, C = config.vocab_size, config.context_length, config.emb_dim
-    tied = "head.weight" if config.tie_weights else None
+    parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
     shape = {
-        "parameters": f"{sum(math.prod(shape) for name, shape in shapes(config).items() if name != tied):,}",
-        "vocabulary": f"{V:,} tokens",
-        "context": f"{T:,} tokens",
-        "width, heads, layers": f"{C}, {config.n_heads}, {config.n_layers}",
+        "parameters": f"{parameters:,}",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "context": f"{config.context_length:,} tokens",
+        "width, heads, layers": f"{config.emb_dim}, {config.n_heads}, {config.n_layers}",
         "bias in query, key, value": "yes" if config.qkv_bias else "no (zeros in the file)",
         "head tied to the embedding": "yes" if config.tie_weights else "no",
     }

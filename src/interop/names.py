@@ -5,13 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from src.interop.checks import BUFFERS, Refuse, check_tensors
+from src.interop.checks import BUFFERS, check_tensors
+from src.model.architectures import build_model
 from src.model.config import GPTConfig
+from src.model.gpt import GPT
 
 LAYOUTS = ("ours", "huggingface", "openai", "book")
 
-# {} is the layer, * stands for query, key and value, which the book keeps apart. Hugging Face's files may have
-# "transformer." in front of all but the head, OpenAI's have "model/".
+# {} is the layer; * stands for query, key and value, which the book keeps apart. In Hugging Face's files "transformer."
+# may precede every name except the head's; in OpenAI's files "model/" does.
 TABLE = (
     # ours                          Hugging Face                   OpenAI                  the book
     ("tok_emb.weight", "wte.weight", "wte", "tok_emb.weight"),
@@ -37,107 +39,104 @@ CONV1D = ("qkv.weight", "out_proj.weight", "up_proj.weight", "down_proj.weight")
 SHOWN = 5  # names in a message
 
 
+def empty_model(config: GPTConfig) -> GPT:
+    """The model of ``config`` on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model in our layout, the head included."""
-    V, T, C = config.vocab_size, config.context_length, config.emb_dim
-    layer = {
-        "norm1.weight": (C,),
-        "norm1.bias": (C,),
-        "attn.qkv.weight": (3 * C, C),
-        **({"attn.qkv.bias": (3 * C,)} if config.qkv_bias else {}),
-        "attn.out_proj.weight": (C, C),
-        "attn.out_proj.bias": (C,),
-        "norm2.weight": (C,),
-        "norm2.bias": (C,),
-        "ff.up_proj.weight": (4 * C, C),
-        "ff.up_proj.bias": (4 * C,),
-        "ff.down_proj.weight": (C, 4 * C),
-        "ff.down_proj.bias": (C,),
-    }
-    return {
-        "tok_emb.weight": (V, C),
-        "pos_emb.weight": (T, C),
-        **{f"blocks.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()},
-        "final_norm.weight": (C,),
-        "final_norm.bias": (C,),
-        "head.weight": (V, C),
-    }
+    return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
 
 
 def their_names(name: str, layout: str) -> list[str]:
-    """What ``layout`` calls our tensor ``name``: one name, or three for query, key and value, or none."""
+    """What ``layout`` calls our tensor ``name``: one name, three for query, key and value, or none.
+
+    Raises:
+        ValueError: the layout has no name for it.
+    """
+    if layout == "ours":
+        return [name]
     number = name.split(".")[1] if name.startswith("blocks.") else ""
     ours = name.replace(f"blocks.{number}.", "blocks.{}.") if number else name
-    theirs = next(row for row in TABLE if row[0] == ours)[LAYOUTS.index(layout)]
+    row = next((row for row in TABLE if row[0] == ours), None)
+    if row is None:
+        raise ValueError(f"{name} has no name in the layout {layout}")
+    theirs = row[LAYOUTS.index(layout)]
     if theirs is None:
         return []
     theirs = theirs.replace("{}", number)
     return [theirs.replace("*", part) for part in ("query", "key", "value")] if "*" in theirs else [theirs]
 
 
-def to_ours(tensors: Mapping[str, Tensor], config: GPTConfig, layout: str, refuse: Refuse) -> dict[str, Tensor]:
-    """``tensors`` of a file in ``layout`` as a state dict of ours, float32; a tied head is the token embedding.
+def to_ours(tensors: Mapping[str, Tensor], config: GPTConfig, layout: str) -> dict[str, Tensor]:
+    """``tensors`` of a file in ``layout`` as our state dict in float32; a tied head is the token embedding.
 
-    ``refuse`` makes an error of a reason: tensors that are missing, or more than the model has, or of another shape, or
-    that hold infinities or NaN.
+    Raises:
+        ValueError: tensors are missing, superfluous, of another shape, or not finite.
     """
-    check_tensors(tensors, refuse)
+    check_tensors(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     if config.n_layers > len(tensors):
-        raise refuse(f"it has {len(tensors)} tensors, too few for a model of {config.n_layers} layers")
-    wanted = shapes(config)
-    found, missing = {}, []
-    for name, shape in wanted.items():
+        raise ValueError(f"it has {len(tensors)} tensors, too few for a model of {config.n_layers} layers")
+    found: dict[str, Tensor] = {}
+    missing: list[str] = []
+    for name, shape in shapes(config).items():
         theirs = their_names(name, layout)
         if name == "head.weight" and config.tie_weights:
             if "tok_emb.weight" in found:
                 found[name] = found["tok_emb.weight"]
                 for one in theirs:
                     if not found[name].equal(tensors.pop(one, found[name]).float()):
-                        raise refuse(f"{one} is not the token embedding that it should be tied to")
+                        raise ValueError(f"{one} differs from the token embedding that it is tied to")
             continue
         if absent := [one for one in theirs if one not in tensors]:
             missing += absent
             continue
-        found[name] = _whole([tensors.pop(one) for one in theirs], name, shape, layout, theirs, refuse)
+        found[name] = _whole({one: tensors.pop(one) for one in theirs}, name, shape, layout)
     if missing:
-        raise refuse(f"it lacks {listed(missing)}" + (f", and has {listed(list(tensors))}" if tensors else ""))
+        raise ValueError(f"it lacks {listed(missing)}" + (f", and has {listed(list(tensors))}" if tensors else ""))
     if tensors:
-        raise refuse(f"it has {listed(list(tensors))}, which no model of this config has")
+        raise ValueError(f"it has {listed(list(tensors))}, which a model of this config does not have")
     return found
 
 
 def from_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """A state dict of ours in ``layout``, each tensor contiguous and on its own."""
+    """Our state dict in ``layout``; each tensor is contiguous and has its own memory."""
     found = {}
     for name, tensor in weights.items():
         theirs = their_names(name, layout)
-        if layout in ("huggingface", "openai") and name.endswith(CONV1D):
+        if _is_conv1d(name, layout):
             tensor = tensor.t()
         for one, part in zip(theirs, tensor.chunk(len(theirs)) if theirs else (), strict=True):
             found[one] = part.clone(memory_format=torch.contiguous_format)
     return found
 
 
-def _whole(
-    parts: list[Tensor], name: str, shape: tuple[int, ...], layout: str, theirs: list[str], refuse: Refuse
-) -> Tensor:
-    rows = (shape[0] // len(parts), *shape[1:])  # the book's query, key and value are thirds
-    conv1d = layout in ("huggingface", "openai") and name.endswith(CONV1D)
-    stored = rows[::-1] if conv1d else rows
-    if layout == "openai" and conv1d:
-        parts = [part.squeeze(0) if part.dim() == 3 else part for part in parts]  # (1, in, out)
-    for one, part in zip(theirs, parts, strict=True):
-        if tuple(part.shape) != stored or not part.is_floating_point():
-            raise refuse(f"{one} is {tuple(part.shape)} {str(part.dtype)[6:]}, the model has {stored}")
-    parts = [part.float() for part in parts]
-    for one, part in zip(theirs, parts, strict=True):
-        if not torch.nn.utils.get_total_norm([part], float("inf")).isfinite():
-            raise refuse(f"{one} holds infinities or NaN")
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+def _whole(parts: dict[str, Tensor], name: str, shape: tuple[int, ...], layout: str) -> Tensor:
+    """Our tensor ``name`` of ``shape`` from its ``parts`` in ``layout``, by their names there."""
+    conv1d = _is_conv1d(name, layout)
+    expected = (shape[0] // len(parts), *shape[1:])  # the book's query, key and value are thirds
+    expected = expected[::-1] if conv1d else expected
+    values = []
+    for one, part in parts.items():
+        if conv1d and layout == "openai" and part.dim() == 3:
+            part = part.squeeze(0)  # (1, in, out)
+        if tuple(part.shape) != expected or not part.is_floating_point():
+            raise ValueError(f"{one} is {tuple(part.shape)} {str(part.dtype)[6:]}, the model has {expected}")
+        values.append(part.float())
+        if not torch.nn.utils.get_total_norm(values[-1:], float("inf")).isfinite():
+            raise ValueError(f"{one} holds infinities or NaN")
+    whole = values[0] if len(values) == 1 else torch.cat(values)
     return whole.t() if conv1d else whole
 
 
+def _is_conv1d(name: str, layout: str) -> bool:
+    return layout in ("huggingface", "openai") and name.endswith(CONV1D)
+
+
 def listed(names: list[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(name[:100] for name in names[:SHOWN]) + more

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer as the files that Hugging Face's tokenizers read, made from the rank table."""
+"""GPT-2's tokenizer as the files that Hugging Face's tokenizers read, derived from the rank table."""
 
 import itertools
 import json
@@ -8,11 +8,12 @@ import tiktoken
 
 
 def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: int) -> None:
-    """``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``vocab.json`` and ``merges.txt``."""
+    """Write ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``vocab.json``, ``merges.txt``
+    to ``folder``."""
     ranks = tokenizer._mergeable_ranks
     end_of_text = tokenizer.decode([tokenizer.eot_token])
-    vocab = {_spelt(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    merges = [f"{_spelt(left)} {_spelt(right)}" for left, right in merges_of(ranks)]
+    vocab = {_spelled(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+    merges = [f"{_spelled(left)} {_spelled(right)}" for left, right in merges_of(ranks)]
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     vocab[end_of_text] = tokenizer.eot_token
@@ -62,8 +63,8 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that byte-pair encoding learnt, in order: a token's own is the one left when all older ones are
-    merged."""
+    """The pairs that byte-pair encoding learned, in order: the pair of a token is what remains of its bytes after all
+    earlier merges."""
     return [
         tuple(_merged(token, ranks, rank))
         for token, rank in sorted(ranks.items(), key=lambda item: item[1])
@@ -71,22 +72,22 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def _merged(token: bytes, ranks: dict[bytes, int], younger_than: int) -> list[bytes]:
+def _merged(token: bytes, ranks: dict[bytes, int], later_than: int) -> list[bytes]:
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, younger_than) for left, right in itertools.pairwise(parts)]
+        pairs = [ranks.get(left + right, later_than) for left, right in itertools.pairwise(parts)]
         rank = min(pairs)
         at = pairs.index(rank)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 
 
-def _spelt(token: bytes) -> str:
+def _spelled(token: bytes) -> str:
     return "".join(LETTERS[byte] for byte in token)
 
 
 def _letters() -> list[str]:
-    """A visible character for each byte, as GPT-2's files have it: its own, or one from 256 on."""
+    """GPT-2's visible character for each byte: its own, or one from 256 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]

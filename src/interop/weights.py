@@ -1,4 +1,4 @@
-"""``weights=``: a model out of whatever holds one; and into a file of our own."""
+"""``weights=``: a model from any of the sources that hold one, and into a file of our own."""
 
 import logging
 from pathlib import Path
@@ -10,27 +10,29 @@ from torch import Tensor
 from src.checkpoint.find import newest_good_checkpoint
 from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_atomically
 from src.interop.book import is_book, read_book
-from src.interop.checks import Refuse, RefusedError, refusal
 from src.interop.hub import fetch
 from src.interop.huggingface import read_huggingface
 from src.interop.locate import locate
-from src.interop.names import to_ours
+from src.interop.names import empty_model, to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 
 log = logging.getLogger(__name__)
 
+LONGEST_REASON = 500  # characters
+
 
 def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Config and state dict, float32, of what ``weights`` names: a checkpoint or folder of a run, a file by
+    """Config and state dict, in float32, of what ``weights`` names: a checkpoint or folder of a run, a file by
     :func:`save_weights`, a Hugging Face folder, a folder with OpenAI's TensorFlow checkpoint, the book's ``.pth``, or
     gpt2, gpt2-medium, gpt2-large, gpt2-xl. ``key`` is the override that named it, for the messages.
 
-    Of a run folder it is ``best.ckpt``, or where there is none that is sound, the newest checkpoint.
+    Of a run folder this is ``best.ckpt``, or the newest checkpoint if that is missing or damaged.
 
     Raises:
-        ValueError: nothing there, damaged, of another model, or not to be had; in one line, with the cure.
+        ValueError: it is missing, damaged, another model, or cannot be downloaded; one line that a terminal can show,
+            whatever the file contains.
     """
     return read_weights_and_run(weights, key)[:2]
 
@@ -38,31 +40,27 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
 def read_weights_and_run(
     weights: str | Path, key: str = "weights"
 ) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any]]:
-    """What :func:`read_weights` reads, and what a run's checkpoint says of its run: ``step``, ``tokens_seen``,
-    ``precision``, ``metrics``, ``data``, ``eval_windows``, ``data_sha256``; nothing where the weights are no run's."""
-    refuse = refusal(weights, key)
+    """What :func:`read_weights` reads, and what a run's checkpoint records of its run: ``step``, ``tokens_seen``,
+    ``precision``, ``metrics``, ``data``, ``eval_windows``, ``data_sha256``. Other weights record nothing."""
     kind, path = locate(str(weights), key)
     if kind == "hub":
         kind, path = "huggingface", fetch(path.name, key)
     try:
-        if kind == "run":
-            path, content = _checkpoint_of(path, key)
-            return *_of_content(content, path, refuse), _run_of(content)
         if kind == "huggingface":
-            return *read_huggingface(path, refuse), {}
+            return *read_huggingface(path), {}
         if kind == "openai":
-            return *read_openai(path, refuse), {}
-        if path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"):
-            return *read_huggingface(path.parent, refuse, path.name), {}
-        content = read_sealed(path, key, unsealed=True)
-        return *_of_content(content, path, refuse), _run_of(content)
+            return *read_openai(path), {}
+        if kind == "file" and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")):
+            return *read_huggingface(path.parent, path.name), {}
+        path, content = _checkpoint_of(path, key) if kind == "run" else (path, read_sealed(path, key, unsealed=True))
+        return *_model_in(content, path), _run_in(content)
     except ValueError as error:
-        if isinstance(error, RefusedError) or str(error).startswith(f"{key}="):
+        if str(error).startswith(f"{key}="):
             raise
-        reasons = [line.split("; use ")[0] for line in str(error).splitlines()]
-        raise refuse("; ".join(reasons)) from None  # numbers that no model can have
-    except (RuntimeError, TypeError) as error:  # what PyTorch makes of a tensor that is unlike any of a model
-        raise refuse(f"it cannot be read ({str(error)[:100]})") from None
+        reason = "; ".join(line.split("; use ")[0] for line in str(error).splitlines())
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # values that are unlike any model's
+        reason = f"it cannot be read ({type(error).__name__}: {str(error)[:100]})"
+    raise ValueError(f"{key}={weights}: {printable(reason[:LONGEST_REASON])}; use {key}=<another file or folder>")
 
 
 def load_weights(
@@ -76,9 +74,8 @@ def load_weights(
 
 
 def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    """A model that holds copies of ``weights``, without drawing any first."""
-    with torch.device("meta"):
-        net = GPT(config)
+    """A model with copies of ``weights``; no random weights are drawn first."""
+    net = empty_model(config)
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     net.load_state_dict(copies, assign=True)
     if config.tie_weights:
@@ -101,18 +98,21 @@ def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
             log.warning("%s", str(error).split("; use ")[0])
     found = newest_good_checkpoint(checkpoints, unsealed=True)
     if found is None:
-        raise ValueError(f"{key}={folder} has no checkpoint that can be read: {key}=<another run folder>")
-    log.info("taking %s", printable(found[0]))
+        raise ValueError(f"{key}={folder} has no checkpoint that can be read; use {key}=<another run folder>")
+    log.info("reading %s", printable(found[0]))
     return found
 
 
-def _run_of(content: Any) -> dict[str, Any]:
+def _run_in(content: dict[str, Any]) -> dict[str, Any]:
     run, fixed = content.get("run"), content.get("fixed_values")
     sha256 = fixed.get("data_sha256") if isinstance(fixed, dict) else None
     return {**run, "data_sha256": sha256} if isinstance(run, dict) else {}
 
 
-def _of_content(content: Any, path: Path, refuse: Refuse) -> tuple[GPTConfig, dict[str, Tensor]]:
+def _model_in(content: Any, path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    unknown = "it holds no GPT of this project or of the book"
+    if not isinstance(content, dict):
+        raise ValueError(unknown)
     try:
         if "hyper_parameters" in content:
             config = GPTConfig(**content["hyper_parameters"]["model"])
@@ -123,8 +123,8 @@ def _of_content(content: Any, path: Path, refuse: Refuse) -> tuple[GPTConfig, di
             tensors = content.get("model_state_dict", content)
             tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}
             if is_book(tensors):
-                return read_book(tensors, path, refuse)
-            raise KeyError("tok_emb")
-        return config, to_ours(tensors, config, "ours", refuse)
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise refuse("it holds no GPT of this project or of the book") from None
+                return read_book(tensors, path)
+            raise ValueError(unknown)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(unknown) from None
+    return config, to_ours(tensors, config, "ours")

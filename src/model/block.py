@@ -5,19 +5,17 @@ from torch import Tensor, nn
 from src.model.attention import CausalSelfAttention
 from src.model.cache import KVCache
 from src.model.config import GPTConfig
-from src.model.dropout import Dropout
-from src.model.linear import Linear
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(config.emb_dim, 4 * config.emb_dim)
-        self.gelu = nn.GELU(approximate="tanh")
-        self.down_proj = Linear(4 * config.emb_dim, config.emb_dim)
+        self.up_proj = nn.Linear(config.emb_dim, 4 * config.emb_dim)
+        self.activation = nn.GELU(approximate="tanh")
+        self.down_proj = nn.Linear(4 * config.emb_dim, config.emb_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gelu(self.up_proj(x)))  # (B, T, C)
+        return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -27,7 +25,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.norm2 = nn.LayerNorm(config.emb_dim)
         self.ff = FeedForward(config)
-        self.dropout = Dropout(config.drop_rate)
+        self.dropout = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), cache, layer))  # (B, T, C)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already read, so that generation never reads them twice."""
+"""Keys and values of earlier tokens, so that generation computes them once."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from src.model.config import GPTConfig
 class KVCache:
     """Preallocated keys and values of every layer, each ``(B, H, context_length, D)``.
 
-    A plain value: made by the caller, passed to ``GPT.forward``, which appends to it. ``length`` is the number of
-    positions filled so far. Of rows of different length, aligned at their ends, the first ``padding`` ``(B,)`` of
-    each are never attended to, and its positions are counted from there.
+    The caller makes it and passes it to ``GPT.forward``, which appends to it. ``length`` is the number of filled
+    positions. Rows of different length are aligned at their ends: the first ``padding`` ``(B,)`` tokens of each are
+    never attended to, and positions are counted from there.
 
-    Once :meth:`fix` was called, reading a single token has shapes and addresses that do not depend on ``length``: what
-    a recorded CUDA graph needs.
+    After :meth:`fix`, reading a single token has shapes and addresses that do not depend on ``length``, as a recorded
+    CUDA graph needs.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class KVCache:
         self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``(B, H, T, D)`` keys and values behind the filled positions; return all filled ones, new included;
-        of a fixed cache, for a single token, all positions, to be masked."""
+        """Store ``(B, H, T, D)`` keys and values after the filled positions; return all filled ones, ``(B, H, S, D)``,
+        S = length + T. A fixed cache returns all positions for a single token, to be masked."""
         if self._fixed(keys.shape[2]):
             whole = self._keys[layer], self._values[layer]
             for kept, new in zip(whole, (keys, values), strict=True):
@@ -46,15 +46,15 @@ class KVCache:
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` positions as filled, once every layer has appended them."""
+        """Count ``tokens`` more positions as filled; called after every layer has appended them."""
         self.length += tokens
         if self._place is not None:
             self._place += tokens
 
     def fix(self) -> None:
-        """From now on read single tokens in shapes that do not change."""
+        """Read single tokens in shapes that do not change, from now on."""
         self._place = torch.tensor([self.length], device=self._keys[0].device)
-        for kept in self._keys + self._values:  # a NaN that was never written would not be masked: 0 * NaN is NaN
+        for kept in self._keys + self._values:  # uninitialised memory may hold a NaN, and 0 * NaN is NaN
             kept[:, :, self.length :] = 0
 
     def rewind(self, length: int) -> None:
@@ -74,9 +74,9 @@ class KVCache:
         return columns if self.padding is None else (columns - self.padding.unsqueeze(1)).clamp(min=0)
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """What the next ``tokens`` may attend to, ``(T, S)`` or ``(B, 1, T, S)`` bool, S = length + T.
+        """What the next ``tokens`` may attend to, ``(T, S)`` or ``(B, 1, T, S)`` bool with S = length + T.
 
-        None where all of it is seen by a single token, or where it is the plain triangle.
+        None if a single token sees all of it, or if it is the plain causal triangle.
         """
         if self._fixed(tokens):
             return (torch.arange(self._keys[0].shape[2], device=device) <= self._place).unsqueeze(0)  # (1, S)
@@ -87,11 +87,12 @@ class KVCache:
         if self.padding is None:
             return causal
         seen = torch.arange(S, device=device) >= self.padding.unsqueeze(1)  # (B, S)
-        itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(S - T, 1)  # padding sees at least itself: no NaN
+        # Padding sees itself: a row without any key would be NaN.
+        itself = torch.eye(T, S, dtype=torch.bool, device=device).roll(S - T, 1)
         return (causal & seen[:, None] | itself).unsqueeze(1)  # (B, 1, T, S)
 
     def select(self, rows: Tensor) -> None:
-        """Let the cache hold its rows ``rows`` ``(N,)``, in that order: beams or samples that share what was read."""
+        """Keep the rows ``rows`` ``(N,)``, in that order and with repeats: beams, or samples of one prompt."""
         if self.padding is not None:
             self.padding = self.padding[rows]
         for kept in self._keys, self._values:

@@ -13,7 +13,7 @@ class GPTConfig(Config):
     ``tie_weights`` lets the output head share the token embedding, as in OpenAI's GPT-2. ``init`` is ``gpt2`` (normal,
     std 0.02, residual projections scaled by 1/sqrt(2 * n_layers); Radford et al. 2019, section 2.3) or ``torch``
     (PyTorch's own defaults, drawn in the book's order). ``architecture`` is a key of
-    :data:`~src.model.gpt.ARCHITECTURES`.
+    :data:`~src.model.architectures.ARCHITECTURES`.
 
     Raises:
         ValueError: one line per problem. The upper limits lie beyond every model that was ever trained.

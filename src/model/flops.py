@@ -1,10 +1,10 @@
-"""How much arithmetic a token takes, and how much of it a device can do."""
+"""Operations per token of a model, and the peak rates of devices."""
 
 from src.model.config import GPTConfig
 
 FORMULA = "6 * N + 12 * n_layers * emb_dim * context_length, N: the weights that multiply (blocks and head)"
 
-# Dense bfloat16 operations per second with float32 sums, from NVIDIA's data sheets; the first that fits counts.
+# Dense bfloat16 operations per second, accumulated in float32, from NVIDIA's data sheets; the first match counts.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -21,7 +21,7 @@ PEAKS = {
 
 
 def multiplying_parameters(config: GPTConfig) -> int:
-    """The weights in matrix products: not those that are looked up or added."""
+    """The number of weights in matrix products, without embeddings, biases and norms."""
     return 12 * config.n_layers * config.emb_dim**2 + config.vocab_size * config.emb_dim
 
 
@@ -33,8 +33,8 @@ def flops_per_token(config: GPTConfig, context_length: int) -> int:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """What a device of this name is sold for, in bfloat16; None for one that is not in the table."""
+    """The bfloat16 peak of a device by its data sheet, in operations per second; None if it is not in ``PEAKS``."""
     words = device_name.replace("-", " ").split()
-    if "Laptop" in words:  # sold by the same name, at half the speed
+    if "Laptop" in words:  # half as fast under the same name
         return None
     return next((peak for name, peak in PEAKS.items() if all(word in words for word in name.split())), None)

@@ -1,48 +1,40 @@
 """GPT-2 (Radford et al. 2019): tokens in, logits out."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from src.model.block import Block
 from src.model.cache import KVCache
 from src.model.config import GPTConfig
-from src.model.dropout import Dropout
-from src.model.linear import Linear
 
 
 class GPT(nn.Module):
     """A decoder-only transformer with learned positions, pre-norm blocks and an optionally tied head.
 
-    Letters used in shape comments: B batch, T time (tokens), C embedding, H heads, D head size, V vocabulary.
+    Letters in shape comments: B batch, T time (tokens), C embedding, H heads, D head size, V vocabulary.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # in training: compute them again instead of keeping them
-        self._compiled: Callable[[Tensor], Tensor] | None = None
         device = torch.get_default_device()
-        with torch.device("meta"):  # shapes only: the one draw of random numbers is init_weights
-            # nn.Embedding would draw, and a normal draw on this device imports PyTorch's compiler: a second
-            embeddings = (torch.empty(rows, config.emb_dim) for rows in (config.vocab_size, config.context_length))
-            self.tok_emb, self.pos_emb = (nn.Embedding.from_pretrained(weight, freeze=False) for weight in embeddings)
-            self.dropout = Dropout(config.drop_rate)
+        with torch.device("meta"):  # shapes only: every number is drawn once, by init_weights
+            self.tok_emb = _embedding(config.vocab_size, config.emb_dim)
+            self.pos_emb = _embedding(config.context_length, config.emb_dim)
+            self.dropout = nn.Dropout(config.drop_rate)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
             self.final_norm = nn.LayerNorm(config.emb_dim)
-            self.head = Linear(config.emb_dim, config.vocab_size, bias=False)
+            self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.to_empty(device=device)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
-        if device.type != "meta":  # whose weights come later
+        if device.type != "meta":  # on which a model is made whose weights are read from a file
             self.init_weights()
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits ``(B, T, vocab_size)`` of the token after each of ``tokens`` ``(B, T)``, int64.
+        """Logits ``(B, T, V)`` of the token after each of ``tokens`` ``(B, T)``, int64.
 
         With a ``cache``, ``tokens`` continue the positions it holds and are appended to it.
 
@@ -52,45 +44,21 @@ class GPT(nn.Module):
         return self.head(self.hidden_states(tokens, cache))  # (B, T, V)
 
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head makes logits of, ``(B, T, C)``; see :meth:`forward`."""
-        T = tokens.shape[1]
-        start = 0 if cache is None else cache.length
-        if start + T > self.config.context_length:
-            raise ValueError(
-                f"{start + T} tokens do not fit model.context_length={self.config.context_length}: "
-                f"shorten the input or use a model with model.context_length={start + T}"
-            )
-        if self._compiled is not None and torch.is_grad_enabled() and cache is None:
-            return self._compiled(tokens)
-        return self._hidden_states(tokens, cache)
-
-    def _hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The input of the head, ``(B, T, C)``; takes and raises what :meth:`forward` does."""
         T, device = tokens.shape[1], tokens.device
+        length = T if cache is None else cache.length + T
+        if length > self.config.context_length:
+            raise ValueError(
+                f"model.context_length={self.config.context_length} is too short for {length} tokens; "
+                f"use a shorter input or model.context_length={length}"
+            )
         positions = torch.arange(T, device=device) if cache is None else cache.positions(T, device)  # (T,) or (B, T)
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            if self.checkpoint_activations and self.training and cache is None:
-                x = checkpoint(block, x, use_reentrant=False)  # (B, T, C); dropout draws the same again
-            else:
-                x = block(x, cache, layer)  # (B, T, C)
+            x = block(x, cache, layer)  # (B, T, C)
         if cache is not None:
             cache.advance(T)
-        return self.final_norm(x)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the forward pass of training, in place and by ``torch.compile``: names of parameters stay. Evaluation
-        and decoding, whose shapes change, are not compiled."""
-        self._compiled = torch.compile(self._hidden_states, *args, **kwargs)
-
-    @property
-    def compiled(self) -> bool:
-        return self._compiled is not None
-
-    def pack(self) -> None:
-        """Put the weights into the order that decoding on a CPU reads fastest; the model can then only decode."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        return self.final_norm(x)  # (B, T, C)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -122,8 +90,13 @@ class GPT(nn.Module):
                         nn.init.zeros_(module.bias)
 
 
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    # nn.Embedding's constructor would draw; on the meta device that imports PyTorch's compiler, which takes a second.
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
+
+
 def _draw_torch(module: nn.Embedding | nn.Linear, parts: int) -> None:
-    """PyTorch's default draw for a layer made of ``parts`` layers stacked by output row."""
+    """PyTorch's default draw for a layer that stacks ``parts`` layers along its output rows."""
     if isinstance(module, nn.Embedding):
         module.reset_parameters()
         return

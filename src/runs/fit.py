@@ -65,8 +65,8 @@ def check_disk(trainer: Trainer, module: PretrainingModule, folder: Path) -> Non
     free = shutil.disk_usage(folder).free
     if trainer.checkpoint_callbacks and free < needed:
         raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free, two checkpoints take {needed / 1e9:.1f} GB; free some space, or use "
-            f"hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
+            f"{folder} has {free / 1e9:.1f} GB free, two checkpoints take {needed / 1e9:.1f} GB; free some space, or "
+            f"use hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
         )
 
 

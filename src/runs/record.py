@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import secrets
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from src.checkpoint.interruption import Interrupted
 from src.files import read_json, remove_folder, write_json
+from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -42,26 +44,26 @@ OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "eve
 class RunRecord:
     """The record of one run, kept in its folder and replaced as a whole at every change.
 
-    As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended; a run
-    that trained nothing leaves nothing. ``config`` is the whole configuration; ``resumed`` keeps what an earlier process
-    recorded until :meth:`start`. With ``writes=False``, on all ranks but 0, nothing is claimed or written.
+    As a context it claims the folder, so that no two runs can share one, and at its end records how the run ended. A
+    run that trained nothing leaves nothing. A resumed run keeps what an earlier process recorded until :meth:`start`.
+    With ``writes=False``, on all ranks but 0, nothing is claimed or written.
 
     Raises:
-        ValueError: another process uses the folder, or, unless ``resumed``, it holds a run.
+        ValueError: another process uses the folder, or it holds a run and ``config.resume`` is not set.
     """
 
     def __init__(
         self,
         folder: Path,
-        config: dict[str, Any],
+        config: TrainConfig,
         command: str,
         overrides: list[str],
-        resumed: bool = False,
         writes: bool = True,
         in_sweep: bool = False,
     ) -> None:
         self.path = folder / "run.json"
         self.trained = False  # an optimizer step was made
+        resumed = bool(config.resume)
         self._writes, self._resumed, self._in_sweep = writes, resumed, in_sweep
         self._lock = FileLock(folder / ".lock")
         self._began = time.perf_counter()
@@ -76,7 +78,7 @@ class RunRecord:
             "command": before.get("command", command),
             "overrides": overrides,
             "signature": signature(overrides) if writes else None,
-            "config": config,
+            "config": config.model_dump(mode="json"),
             "versions": versions(),
             "git": git_revision(),
         }
@@ -107,6 +109,9 @@ class RunRecord:
             raise ValueError(
                 f"{folder} is in use by another process; stop that, or use hydra.run.dir=<a new folder>"
             ) from None
+        if odd := [path for name in OUTPUTS for path in folder.glob(name) if not (path.is_file() or path.is_dir())]:
+            self._lock.release()
+            raise ValueError(f"{odd[0]} is neither a file nor a folder; remove it, or use hydra.run.dir=<a new folder>")
         if not self._resumed and (taken := [name for name in OUTPUTS if any(folder.glob(name))]):
             self._lock.release()
             raise ValueError(
@@ -127,11 +132,12 @@ class RunRecord:
         if self._started:
             write_json(self.path, self.values)
 
-    def describe(self, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
-        """Record what trains on what."""
+    def describe(self, config: TrainConfig, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
+        """Record what trains on what; ``config`` may have the model of weights by now."""
         from src.device import device_name
 
         self.update(
+            config=config.model_dump(mode="json"),
             data_sha256=data.corpus_sha256,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             device=device_name(trainer.strategy.root_device),
@@ -159,8 +165,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {
         key: value
         for key, value in read_json(folder / "run.json").items()
-        if key not in KINDS or (isinstance(value, KINDS[key]) and not isinstance(value, bool))
+        if key not in KINDS or _is_sound(value, KINDS[key])
     }
+
+
+def _is_sound(value: Any, kind: Any) -> bool:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and finite
 
 
 def signature(overrides: list[str]) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.interruption import Interrupted
 from src.runs import processes
+from src.runs.slurm import requeue
 from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def print_start_card(
     evaluation = about.pop("evaluation")
     card = {
         "parameters": f"{record['parameters']:,}",
+        "text": data.config.source,
         **about,
         "step": f"{windows * length:,} tokens ({windows} windows of {length})",
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
@@ -105,7 +107,7 @@ def print_changes(before: dict[str, Any], config: dict[str, Any]) -> None:
             log.warning("changed: %s=%s, was %s", key, value, old[key])
 
 
-def print_interrupted(interrupted: Interrupted, folder: Path, command: str) -> None:
+def _print_interrupted(interrupted: Interrupted, folder: Path, command: str) -> None:
     saved = any(folder.glob("checkpoints/*.ckpt"))
     log.warning("stopped by %s, %s", interrupted.signal.name, "saved" if saved else "before anything was saved")
     log.warning("to %s: %s", "continue" if saved else "start again", command)
@@ -114,9 +116,15 @@ def print_interrupted(interrupted: Interrupted, folder: Path, command: str) -> N
 
 @contextmanager
 def explained(config: TrainConfig, folder: Path, resume: str) -> Iterator[None]:
-    """Turn what ran out or died in a run into a ValueError of one line; ``resume`` is the override that continues it."""
+    """Turn what ran out or died in a run into a ValueError of one line, and report an interruption; ``resume`` is the
+    override, quoted for a shell, that continues the run."""
     try:
         yield
+    except Interrupted as interrupted:
+        _print_interrupted(interrupted, folder, f"python -m src.train {resume}")
+        if processes.rank() == 0:
+            requeue(interrupted)
+        raise
     except Exception as error:
         again = resume if (folder / "run.json").exists() else "the same command again"
         if line := _explanation(error, config, folder, again):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from src.data.datamodule import TextDataModule
+    from src.training.module import PretrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class Start:
             if before.get(key, now[key]) != now[key]:
                 raise ValueError(
                     f"data.path={data.config.source} has another {what} than {self.path} was trained on ({key} "
-                    f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for a "
-                    f"new run on this one"
+                    f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for "
+                    f"a new run on this one"
                 )
         windows = batches * data.batch_windows
         if (expected := self.checkpoint.get("epoch_windows", windows)) != windows:
@@ -79,6 +80,11 @@ class Start:
                 f"{self.path} is at step {self.step} of {steps:,}, there is nothing left to do; "
                 f"use trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
+
+    def load(self, module: PretrainingModule) -> None:
+        """Give ``module`` the weights that the run starts from; a checkpoint is restored by the Trainer."""
+        if self.weights is not None:
+            module.net.load_state_dict(self.weights)
 
     def take_over(self, folder: Path) -> None:
         """Make the checkpoint that is continued the ``last.ckpt`` of its run, in ``folder``."""
@@ -153,7 +159,7 @@ def _checkpoint(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]
 def _shared(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Path, dict[str, Any]] | None:
     """What ``look`` finds on rank 0, on every rank."""
     looked = []
-    path = processes.peers().said_by_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
+    path = processes.from_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
     if looked:
         return looked[0]
     return (Path(path), read_checkpoint(Path(path))) if path else None

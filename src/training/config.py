@@ -114,7 +114,7 @@ class EvalConfig(Config):
         """Optimizer steps between evaluations; an epoch where the run has no end."""
         if self.every_steps is not None:
             return self.every_steps
-        return max(math.ceil(total_steps / EVALUATIONS), 1) if math.isfinite(total_steps) else steps_per_epoch
+        return max(round(total_steps / EVALUATIONS), 1) if math.isfinite(total_steps) else steps_per_epoch
 
     def resolved_max_tokens(self, total_tokens: float) -> int:
         """The most tokens of each split that an evaluation scores, in a run that trains on ``total_tokens``."""

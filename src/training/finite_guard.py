@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from src.checkpoint.position import own_data
 from src.files import write_json
 from src.tokenizer import token_ids_to_text
-from src.training.module import PretrainingModule
 
 
 class NonFiniteError(ValueError):
@@ -37,20 +36,20 @@ class FiniteGuard(Callback):
         self.algorithm = algorithm or "norm"
         self._inputs: list[tuple[int, Tensor]] = []  # of the step under way: the batch's place in the run, (B, T)
 
-    def on_train_start(self, trainer: Trainer, pl_module: PretrainingModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._inputs = []
 
     def on_train_batch_start(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: PretrainingModule, batch: tuple[Tensor, Tensor], batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         if pl_module.batches_seen not in pl_module.skip_batches:
             self._inputs.append((pl_module.batches_seen, batch[0]))
 
     def on_before_optimizer_step(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: PretrainingModule, optimizer: Optimizer
+        self, trainer: Trainer, pl_module: Any, optimizer: Optimizer
     ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scaler is not None and optimizer.param_groups[0].get("fused"):  # such optimizers unscale in their step
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -84,8 +83,8 @@ class FiniteGuard(Callback):
         loss = sum(batch["loss"] for batch in batches) / len(batches)
         numbers = ",".join(str(batch["batch"]) for batch in batches)
         raise NonFiniteError(
-            f"step {step} was not made: its loss is {loss:g} and the norm of its gradient {norm:g}; its text is in {path}; "
-            f"use optimizer.learning_rate=<less than {lr:.1e}>, or resume={trainer.default_root_dir} "
+            f"step {step} was not made: its loss is {loss:g} and the norm of its gradient {norm:g}; its text is in "
+            f"{path}; use optimizer.learning_rate=<less than {lr:.1e}>, or resume={trainer.default_root_dir} "
             f"'skip_batches=[{numbers}]' to leave this text out"
         )
 

@@ -4,19 +4,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.kernels.install import has_fast_kernels
+from src.kernels.loss import fused_loss
+from src.model.architectures import build_model
 from src.model.config import GPTConfig
-from src.model.gpt import GPT
 from src.training.config import OptimizerConfig, ScheduleConfig
-from src.training.loss import next_token_loss
+from src.training.finite_guard import FiniteGuard
 from src.training.optim import apply_rates, build_optimizer, learning_rate_at
-from src.training.sharded import FullyShardedStrategy, shard
+from src.training.sharded import shard
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.val_dataloader
 EVAL_LOSS = {"val": "val/loss", "train": "train/eval_loss"}
@@ -54,7 +57,7 @@ class PretrainingModule(LightningModule):
         self.seed = seed
         self.total_steps = total_steps
         self.skip_batches = set(skip_batches)
-        self.net = GPT(self.model_config)
+        self.net = build_model(self.model_config)
         self.tokens_seen = 0
         self.steps_made = 0  # by this process
         self.step_losses: list[Tensor] = []  # of the micro-batches of the optimizer step under way
@@ -67,10 +70,11 @@ class PretrainingModule(LightningModule):
         return self.net(tokens)
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the model's predictions from ``inputs`` ``(B, T)`` against ``targets`` ``(B, T)``; see
-        :func:`~src.training.loss.next_token_loss`."""
-        compiled = self.net.compiled and torch.is_grad_enabled()
-        return next_token_loss(self.net.hidden_states(inputs), self.net.head.weight, targets, reduction, compiled)
+        """Cross-entropy in nats, the mean or sum over ``targets`` ``(B, T)``, of the predictions from ``inputs``."""
+        if has_fast_kernels(self.net):
+            return fused_loss(self.net, inputs, targets, reduction)
+        logits = self.net(inputs)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
     # Training
 
@@ -94,6 +98,7 @@ class PretrainingModule(LightningModule):
             self.log("train/loss", self.trainer.strategy.reduce(torch.stack(self.step_losses), reduce_op="mean").mean())
         else:  # all of the step's batches were skipped: change nothing
             optimizer.zero_grad()
+        self._scale_short_step(optimizer)
         self.step_losses = []
         self.log_exactly(
             step=self.global_step + 1,
@@ -101,6 +106,17 @@ class PretrainingModule(LightningModule):
             lr=optimizer.param_groups[0]["lr"],
             tokens_seen=self.tokens_seen,
         )
+
+    def _scale_short_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient the mean over the step's micro-batches where a user's data end an epoch with fewer of them
+        than ``accumulate_grad_batches``, by which Lightning divides."""
+        asked = self.trainer.accumulate_grad_batches
+        left = (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % asked
+        if left and self.trainer.is_last_batch:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(asked / left)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -136,6 +152,10 @@ class PretrainingModule(LightningModule):
 
     # Optimizer, schedule, devices
 
+    def configure_callbacks(self) -> list[Callback]:
+        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)
+        return [] if guarded else [FiniteGuard()]  # in a Trainer of the user's own, which clips by itself
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.net, self.optimizer_config)
         if self.total_steps is None:
@@ -150,8 +170,7 @@ class PretrainingModule(LightningModule):
         return learning_rate_at(step, self.total_steps, self.optimizer_config.learning_rate, self.schedule_config)
 
     def configure_model(self) -> None:
-        strategy = self._trainer and self._trainer.strategy  # none where a checkpoint is only loaded
-        if isinstance(strategy, FullyShardedStrategy) and not isinstance(self.net, FSDPModule):
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):  # of FullyShardedStrategy
             shard(self.net, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:

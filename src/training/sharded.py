@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
+from src.model.architectures import build_model
 from src.model.gpt import GPT
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -30,13 +31,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     is not that of the optimizer where some parameters decay and others do not.
     """
 
-    def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        self._save_distributed_checkpoint = False
-        super().setup_environment()
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)  # by name; empty but on rank 0
         if not self.is_global_zero:
             return {}
@@ -74,12 +73,12 @@ def shard(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
 
 
 def whole_net(net: GPT, trainer: Trainer) -> GPT | None:
-    """``net`` as rank 0 can use it without the other ranks; None on these where it is sharded. Every rank must call it."""
+    """``net`` as rank 0 can use it without the other ranks; None on these where it is sharded. Every rank calls it."""
     if not isinstance(trainer.strategy, FullyShardedStrategy):
         return net
     weights = trainer.strategy.lightning_module_state_dict()  # empty but on rank 0
     if not trainer.is_global_zero:
         return None
-    copy = GPT(net.config)
+    copy = build_model(net.config)
     copy.load_state_dict({name.removeprefix("net."): weight for name, weight in weights.items()})
     return copy.to(trainer.strategy.root_device).train(net.training)

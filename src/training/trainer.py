@@ -16,6 +16,8 @@ from src.checkpoint.interruption import Interruption
 from src.checkpoint.plugin import SealedCheckpointIO
 from src.checkpoint.position import RunPosition
 from src.device import pick_accelerator, pick_precision
+from src.kernels.install import use_fast_kernels
+from src.kernels.training import compile_training, recompute_activations
 from src.training.config import TrainConfig
 from src.training.evaluation import NEVER, EvaluationSchedule
 from src.training.finite_guard import FiniteGuard
@@ -38,6 +40,7 @@ def build_trainer(
     interruption: Interruption,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
+    world_size: int = 1,
 ) -> Trainer:
     """Lightning's Trainer with the arguments in ``config.trainer``, our evaluation schedule, gradient guard and
     checkpoints, and ``callbacks`` and ``loggers`` that watch; ``folder`` is its root folder."""
@@ -65,7 +68,7 @@ def build_trainer(
     options["max_epochs"] = config.trainer.epochs
     options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
-        options["strategy"] = FullyShardedStrategy()
+        options["strategy"] = FullyShardedStrategy(world_size)
     options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
     options = {"num_sanity_val_steps": 0, "enable_model_summary": False, **options}
     trainer = Trainer(
@@ -79,14 +82,17 @@ def build_trainer(
 
 
 def build_module(
-    config: TrainConfig, total_steps: float | None = None, skip_batches: tuple[int, ...] = ()
+    config: TrainConfig, device: str, total_steps: float | None = None, skip_batches: tuple[int, ...] = ()
 ) -> PretrainingModule:
-    """The module that ``config`` describes, its parameters drawn from ``config.seed``."""
+    """The module of ``config``, to be trained on ``device``; its parameters are drawn from ``config.seed``."""
     torch.manual_seed(config.seed)
     module = PretrainingModule(config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches)
-    module.net.checkpoint_activations = config.activation_checkpointing
+    if config.kernels == "fast":
+        use_fast_kernels(module.net, device)
+    if config.activation_checkpointing:
+        recompute_activations(module.net)
     if config.compile:
-        module.net.compile()
+        compile_training(module.net)
     return module
 
 

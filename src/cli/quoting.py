@@ -1,0 +1,52 @@
+"""Overrides as text: quoted for Hydra's grammar and for a shell, and read back."""
+
+import re
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def key_of(override: str) -> str:
+    """The key that ``override`` sets, adds or deletes."""
+    return override.split("=")[0].lstrip("+~").split("@")[0]
+
+
+def quoted(path: str | Path) -> str:
+    """``path`` as the value of an override, in quotes for Hydra's grammar and without interpolations."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def as_typed(folder: Path) -> str:
+    """``folder`` as the value of ``resume=``, which is taken literally unless it is in quotes."""
+    return quoted(folder) if str(folder)[:1] in ("'", '"') else str(folder)
+
+
+def as_meant(text: str) -> str:
+    """The value that ``text``, as typed after the ``=`` of an override, stands for."""
+    if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+        with suppress(HydraException, OmegaConfBaseException):
+            value = OverridesParser.create().parse_override(f"resume={text}").value()
+            return str(OmegaConf.create({"resume": value}).resume)
+    return text
+
+
+def command_line(overrides: list[str]) -> str:
+    """The command that trains with ``overrides``, quoted for a shell."""
+    return shlex.join(["python", "-m", "src.train", *overrides])
+
+
+def command_to_resume(folder: Path) -> str:
+    """The command that resumes the run in ``folder``, quoted for a shell."""
+    return command_line([f"resume={as_typed(folder)}"])
+
+
+def resume_override(folder: Path) -> str:
+    """The override that resumes the run in ``folder``, quoted for a shell."""
+    return shlex.quote(f"resume={as_typed(folder)}")

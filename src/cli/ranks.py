@@ -1,0 +1,92 @@
+"""The command line of a run with several ranks: rank 0 reads it, the others receive it, and all use one folder."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from src.cli import app
+from src.cli.overrides import compose
+from src.cli.quoting import quoted, resume_override
+from src.files import read_json, remove_folder, write_json
+from src.runs import launch, processes
+from src.runs.record import read_record
+
+
+def sweeping() -> bool:
+    """Whether this is a job of a sweep, whose table reports each of its folders."""
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return multirun or os.environ.get("ROLE_NAME") == processes.SWEEP
+
+
+def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig], float | None]:
+    """A Hydra job that calls ``run`` with its config and run folder, in as many processes as the config asks for, and
+    returns the objective; the folder of a job that left no ``run.json`` is removed."""
+
+    def hydra_job(cfg: DictConfig) -> float | None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            if processes.world_size() == 1 and (count := launch.devices_here(OmegaConf.to_container(cfg.trainer))) > 1:
+                start_ranks(count, folder)
+                return read_record(folder).get("val_loss")
+            if processes.rank():
+                processes.be_quiet()
+            return run(cfg, folder)
+        except BaseException as error:
+            error.told = processes.reported_elsewhere(error) or getattr(error, "told", False)
+            raise
+        finally:
+            processes.ignore_signals()
+            if processes.rank() == 0 and not (sweeping() or (folder / "run.json").exists()):
+                app.close_log_files(folder)
+                remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
+
+    return hydra_job
+
+
+def start_ranks(count: int, folder: Path) -> None:
+    """Run the current Hydra job with ``count`` ranks in ``folder``; raises as :func:`src.runs.launch.start`."""
+    overrides = [*HydraConfig.get().overrides.task, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    role = processes.SWEEP if sweeping() else processes.RUN
+    try:
+        launch.start(["-m", "src.train", *overrides], count, role, resume_override(folder))
+    except processes.FailedElsewhere as error:
+        record = read_json(folder / "run.json")
+        if record.get("status") in ("running", "interrupted"):  # rank 0 was killed, or torchelastic stopped it
+            write_json(folder / "run.json", {**record, "status": "failed", "error": str(error)})
+        raise
+
+
+def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
+    """The arguments of all ranks. Where torchrun or srun started them, rank 0 makes them and chooses the run folder."""
+    if processes.started_here():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise stack traces for each lost connection
+        threads = max((os.cpu_count() or 1) // processes.world_size(), 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        threading.Thread(target=processes.stop_with_launcher, daemon=True).start()
+        return sys.argv[1:]
+    arguments = processes.from_rank_zero(make if processes.world_size() == 1 else lambda: _with_folder(make))
+    if processes.rank() == 0:
+        return arguments
+    if _flags(arguments):
+        sys.exit(0)  # rank 0 answers --help
+    return [*arguments, "hydra.output_subdir=null"]
+
+
+def _with_folder(make: Callable[[], list[str]]) -> list[str]:
+    if {"-m", "--multirun"} & set(sys.argv):
+        app.fail(["-m runs one job after another and starts the ranks of each itself; use it without torchrun or srun"])
+    arguments = make()
+    if _flags(arguments) or any(argument.startswith("hydra.run.dir=") for argument in arguments):
+        return arguments
+    folder = compose("train", arguments, return_hydra_config=True).hydra.run.dir
+    return [*arguments, f"hydra.run.dir={quoted(folder)}"]
+
+
+def _flags(arguments: list[str]) -> bool:
+    return any(argument.startswith("-") for argument in arguments)

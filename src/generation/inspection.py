@@ -1,0 +1,29 @@
+"""The likeliest tokens of each step of decoding, printed."""
+
+import sys
+
+from src.generation.decode import Step
+from src.tokenizer import token_bytes
+
+LIKELIEST = 10
+
+
+class Inspection:
+    """Prints to stderr the likeliest tokens of each step of a single text with their probabilities before any filter,
+    and marks the chosen one with a ``*``."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, step: Step) -> None:
+        self.steps += 1
+        best = step.logits[0].softmax(dim=-1).topk(LIKELIEST)
+        chosen = step.tokens[0].item()
+        print(f"-- token {self.steps}: {_shown(token_bytes(chosen))}", file=sys.stderr)
+        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            mark = "*" if token == chosen else " "
+            print(f"{mark} {probability:8.3%}  {token:>5}  {_shown(token_bytes(token))}", file=sys.stderr)
+
+
+def _shown(token: bytes) -> str:
+    return repr(token.decode(errors="backslashreplace"))
