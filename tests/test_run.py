@@ -144,7 +144,7 @@ def test_two_runs_at_once_and_a_folder_taken(tmp_path, finished):
     [
         (["data.path=nowhere.txt"], "data.path=nowhere.txt does not exist"),
         (["trainer.limit_train_batches=0.0001"], "leave no batch to train on"),
-        (["data.train_ratio=0.999"], "validation tokens; one window needs context_length + 1 = 65"),
+        (["data.train_ratio=0.999"], "validation tokens, one window needs context_length + 1 = 65"),
     ],
 )
 def test_mistakes_met_later_are_one_line_too(tmp_path, overrides, message):
