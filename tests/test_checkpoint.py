@@ -233,7 +233,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"damaged") as error:
         read_weights(path)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="is no file or folder"):
+    with pytest.raises(ValueError, match="is not a file or folder"):
         read_weights(tmp_path / "nothing.ckpt")
 
 
