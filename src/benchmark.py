@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from src.bench.config import BenchmarkConfig
 from src.cli import app
+from src.cli.overrides import unknown_trainer_arguments
 from src.cli.typed import built, typed
 from src.data.config import PrepareConfig
 from src.files import write_json
@@ -26,7 +27,8 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
         ValueError: every problem that can be found without reading the text or building the model, one per line.
     """
     config = typed(cfg, BenchmarkConfig)
-    found = launch.problems_of_devices(config.trainer.model_dump())
+    trainer = config.trainer.model_dump()
+    found = [*unknown_trainer_arguments(trainer), *launch.problems_of_devices(trainer)]
     if config.output and Path(config.output).exists():
         found.append(f"output={config.output} already exists; use output=<a new file>")
     if config.source:

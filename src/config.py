@@ -33,7 +33,7 @@ class Config(BaseModel):
 
     def changed(self, **values: Any) -> "Config":
         """A copy with other ``values``, validated again."""
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
+        return type(self)(**{**dict(self), **values})
 
     @classmethod
     def _explained(cls, error: ValidationError) -> list[str]:
@@ -67,7 +67,7 @@ def _explained(config: type[Config], problem: ErrorDetails) -> list[str]:
     if problem["type"] == "missing":
         within = len(names) - bool(config.section) < len(problem["loc"])  # an element of a list
         if within:
-            return [f"{key} has too few values; use {override(key, default)}"]
+            return [f"{key}={shown(problem['input'])} has too few values; use {override(key, default)}"]
         return [f"{key} is needed; use {override(key, field.examples[0] if field.examples else '<value>')}"]
     return [f"{key}={shown(problem['input'])} {_wrong(problem)}; use {override(key, default)}"]
 

@@ -89,11 +89,11 @@ BAD = {
     "model.qkv_bias=perhaps": "model.qkv_bias=false",
     "model.tie_weights=3.5": "model.tie_weights=false",
     "data.batch_size=0": "data.batch_size=2",
-    "data.stride=-1": "data.stride=256",
+    "data.stride=-1": "data.stride=null",
     "data.train_ratio=1": "data.train_ratio=0.9",
     "data=text": "data.path=",
     "data=shards": "data.path=",
-    "data=shards data.path=x data.format=tokens": "data=text or data=shards",
+    "data=shards data.path=x data.format=tokens": "data.format=text",
     "optimizer.learning_rate=-1": "optimizer.learning_rate=",
     "optimizer.learning_rate=fast": "optimizer.learning_rate=",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9,0.95]",
@@ -143,7 +143,7 @@ BAD = {
     "schedule=warmup_stable_decay schedule.decay=cubic": "schedule.decay=linear",
     "schedule=warmup_stable_decay trainer.max_steps=9 schedule.decay_steps=9": "schedule.decay_steps=0.2",
     "schedule=warmup_stable_decay schedule.warmup_steps=0.6 schedule.decay_steps=0.6": "schedule.decay_steps=0.2",
-    "seed=[": "seed=[ is no override",
+    "seed=[": "seed=[ is not an override",
     "callbacks.text_sample=1": "callbacks.text_samples",
     "tags=[a]": "tags is not a key of train",
     "+trainer.max_epoch=3": "not an argument of Lightning's Trainer",
@@ -313,3 +313,13 @@ def test_names_nearest_by_part_initials_and_spelling():
     keys = ["optimizer.learning_rate", "optimizer.eps", "data.batch_size", "model.n_layers"]
     for typo, key in itertools.chain([("lr", keys[0]), ("data.bs", keys[2]), ("model.layers", keys[3])]):
         assert nearest(typo, keys) == key
+
+
+def test_changed_keeps_what_a_user_added():
+    config = check(cli.compose("train", ["trainer.max_time=00:00:10:00", "+tags=[a]"]))
+    changed = config.changed(trainer=config.trainer.changed(accumulate_grad_batches=2))
+    assert changed.trainer.model_dump()["max_time"] == "00:00:10:00"
+    assert changed.model_extra == {"tags": ["a"]}
+    assert (changed.trainer.accumulate_grad_batches, config.trainer.accumulate_grad_batches) == (2, 1)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1

@@ -63,7 +63,7 @@ def test_decay_of_a_plateau():
 
 @pytest.mark.parametrize("values", [{"decay_steps": 1.5}, {"decay_steps": -1}, {"decay": "cubic"}])
 def test_impossible_schedules(values):
-    with pytest.raises(ValueError, match=rf"schedule\.{next(iter(values))}=.*: schedule\.{next(iter(values))}="):
+    with pytest.raises(ValueError, match=rf"schedule\.{next(iter(values))}=.*; use schedule\.{next(iter(values))}="):
         ScheduleConfig("warmup_stable_decay", **values)
 
 
@@ -187,5 +187,7 @@ def test_a_scaler_leaves_muons_overflowing_step_out(tiny, stepped):
     ],
 )
 def test_impossible_optimizers(values):
-    with pytest.raises(ValueError, match=rf"optimizer\.{next(iter(values))}=.*: '?optimizer\.{next(iter(values))}="):
+    with pytest.raises(
+        ValueError, match=rf"optimizer\.{next(iter(values))}=.*; use '?optimizer\.{next(iter(values))}="
+    ):
         OptimizerConfig(**values)

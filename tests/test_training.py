@@ -247,7 +247,7 @@ def test_the_model_comes_from_the_weights(tiny_run, tmp_path):
     assert shorter.module.net.config == run.module.net.config
     assert shorter.record["tokens_seen"] == 2 * 2 * 8
     with pytest.raises(
-        ValueError, match=r"model\.n_layers=7 differs from 1 in .*, which brings its own model: leave model"
+        ValueError, match=r"model\.n_layers=7 differs from 1 in .*, which brings its own model; leave out model"
     ):
         tiny_run(*overrides, "model.n_layers=7")
     with pytest.raises(ValueError, match=r"data\.context_length=25 is more than the model's 24"):
@@ -325,7 +325,7 @@ def test_continuing_with_another_model_is_refused(tiny_run, tmp_path):
     with pytest.raises(ValueError, match=r"no optimizer state to resume from; use weights="):
         tiny_run(f"ckpt_path={weights}")
     with pytest.raises(
-        ValueError, match=r"model\.n_layers=3 differs from 2 in .*, which brings its own model: leave model"
+        ValueError, match=r"model\.n_layers=3 differs from 2 in .*, which brings its own model; leave out model"
     ):
         tiny_run(f"ckpt_path={ckpt}", "model.n_layers=3")
 
@@ -344,7 +344,9 @@ def test_tokens_per_step_sets_the_accumulation(tiny_run):
     assert by_tokens.record["config"]["trainer"]["accumulate_grad_batches"] == 3
     assert column(by_tokens, "tokens_seen")[:2] == [96, 192]
     last = by_tokens.folder / "checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match=r"tokens_per_step=80 is no multiple of the 32 tokens .*: tokens_per_step=64"):
+    with pytest.raises(
+        ValueError, match=r"tokens_per_step=80 is not a multiple of the 32 tokens .*; use tokens_per_step=64"
+    ):
         tiny_run(f"weights={last}", "tokens_per_step=80")
     shorter = tiny_run(f"weights={last}", "data.context_length=8", "tokens_per_step=80", model=())
     assert shorter.record["config"]["trainer"]["accumulate_grad_batches"] == 5
