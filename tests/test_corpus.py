@@ -88,6 +88,8 @@ def test_what_is_to_be_prepared_names_the_command(tmp_path, ending):
     command = f"python -m src.prepare source={path} output=my_shards, then data=shards data.path=my_shards"
     with pytest.raises(ValueError, match=f"^data.path: {path} is not plain text; use {command}$"):
         read_corpus(str(path))
+    with pytest.raises(ValueError, match=f"^data.path: {tmp_path} is not plain text; use python -m src.prepare"):
+        read_corpus(str(tmp_path))
 
 
 def test_hash_tells_where_files_end(tmp_path):

@@ -73,15 +73,12 @@ def read_corpus(
     if path is None and url is not None:
         files = [fetch([url, *(mirrors or [])], sha256, size)]
     else:
-        files = [STORY] if path is None else find_files(path, "data.path", (".txt",))
+        files = [STORY] if path is None else _text_files(path)
     source = path or url or "the packaged story"
     characters, digests, blank = [], [], True
     for file in files:
         if file.name.endswith(PREPARED):
-            raise ValueError(
-                f"data.path: {file} is not plain text; use python -m src.prepare source={file} output=my_shards, then "
-                f"data=shards data.path=my_shards"
-            )
+            raise ValueError(_to_prepare(file))
         digest, count = hashlib.sha256(), 0
         for text in _decoded(file, digest):
             count += len(text)
@@ -93,6 +90,23 @@ def read_corpus(
         raise ValueError(f"data.path={source} {what}; use data.path=<a file, folder or glob pattern with text>")
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Corpus(files, characters, source, whole)
+
+
+def _text_files(path: str) -> list[Path]:
+    try:
+        return find_files(path, "data.path", (".txt",))
+    except ValueError:
+        folder = Path(path).expanduser()
+        if folder.is_dir() and any(file.name.endswith(PREPARED) for file in folder.rglob("*")):
+            raise ValueError(_to_prepare(folder)) from None
+        raise
+
+
+def _to_prepare(path: Path) -> str:
+    return (
+        f"data.path: {path} is not plain text; use python -m src.prepare source={path} output=my_shards, then "
+        f"data=shards data.path=my_shards"
+    )
 
 
 def _decoded(file: Path, digest=None) -> Iterator[str]:

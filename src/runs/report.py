@@ -31,7 +31,6 @@ def print_start_card(
 ) -> None:
     windows = data.step_windows
     length = data.config.context_length
-    fused = "not fused" if config.optimizer.fused is False else "fused"
     about = data.summary()
     interval = config.eval.resolved_every_steps(steps, data.steps_per_epoch)
     evaluation = about.pop("evaluation")
@@ -43,7 +42,7 @@ def print_start_card(
         "steps": f"{steps:,}" if math.isfinite(steps) else "until stopped",
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],
-        "optimizer": f"{config.optimizer.name}, {fused}, {config.schedule.name} schedule",
+        "optimizer": f"{config.optimizer.name}, {config.schedule.name} schedule",
         "evaluation": f"every {interval} steps, of {evaluation}",
         **({} if config.dry_run else {"run folder": trainer.default_root_dir}),
     }
