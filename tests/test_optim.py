@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from src.model.gpt import GPT
-from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.optim import build_optimizer, learning_rate_at, parameter_groups
+from src.training.sections import OptimizerConfig, ScheduleConfig
 
 COSINE = ScheduleConfig("warmup_cosine", warmup_steps=10, initial_lr=1e-5, min_lr=1e-4)
 

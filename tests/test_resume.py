@@ -26,8 +26,8 @@ from src.cli.quoting import as_meant, as_typed, command_line, command_to_resume,
 from src.cli.resume import resumed_overrides
 from src.files import link
 from src.runs.record import read_record, signature
-from src.training.config import ScheduleConfig
 from src.training.optim import learning_rate_at
+from src.training.sections import ScheduleConfig
 
 WATCHED = ("callbacks.text_samples.max_new_tokens=3", "~callbacks.loss_plot", "eval.batches=2")
 SETTINGS = {  # 12 batches an epoch of 4 windows, 2 epochs

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from src.checkpoint.position import own_data
@@ -20,8 +21,8 @@ class NonFiniteError(ValueError):
 
 
 class FiniteGuard(Callback):
-    """Refuses a step whose loss or gradient is infinite or NaN, clips the gradient, and logs ``grad_norm``, its norm
-    before clipping.
+    """Refuses a step whose loss or gradient is infinite or NaN, clips its gradient, and logs ``grad_norm``, the norm
+    before clipping. The gradient is the mean over the step's micro-batches, also where they are fewer than asked for.
 
     ``clip_val`` is the largest norm (``algorithm="norm"``) or absolute value (``"value"``); None clips nothing.
     Lightning's own clipping refuses fused optimizers under 16-bit mixed precision. What is known of a refused step goes
@@ -52,6 +53,9 @@ class FiniteGuard(Callback):
         if scaler is not None and optimizer.param_groups[0].get("fused"):  # such optimizers unscale in their step
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not pl_module.step_losses:  # all of the step's batches were skipped: change nothing
+            optimizer.zero_grad()
+        _scale_short_step(trainer, parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses = torch.stack(pl_module.step_losses) if pl_module.step_losses else norm.new_zeros(1)
@@ -87,6 +91,17 @@ class FiniteGuard(Callback):
             f"{path}; use optimizer.learning_rate=<less than {lr:.1e}>, or resume={trainer.default_root_dir} "
             f"'skip_batches=[{numbers}]' to leave this text out"
         )
+
+
+def _scale_short_step(trainer: Trainer, parameters: list[Parameter]) -> None:
+    """Make the gradient the mean over the step's micro-batches where a user's data end an epoch with fewer of them than
+    ``accumulate_grad_batches``, by which Lightning divides."""
+    accumulate = trainer.accumulate_grad_batches
+    left = (trainer.fit_loop.epoch_loop.batch_idx + 1) % accumulate
+    if left and trainer.is_last_batch:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(accumulate / left)
 
 
 def _windows(trainer: Trainer, batch: int, inputs: Tensor) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from src.kernels.install import has_fast_kernels
 from src.kernels.loss import fused_loss
 from src.model.architectures import build_model
 from src.model.config import GPTConfig
-from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.finite_guard import FiniteGuard
 from src.training.optim import apply_rates, build_optimizer, learning_rate_at
+from src.training.sections import OptimizerConfig, ScheduleConfig
 from src.training.sharded import shard
 
 EVAL_SPLITS = ("val", "train")  # the order of TextDataModule.val_dataloader
@@ -96,9 +96,6 @@ class PretrainingModule(LightningModule):
         self.steps_made += 1
         if self.step_losses:
             self.log("train/loss", self.trainer.strategy.reduce(torch.stack(self.step_losses), reduce_op="mean").mean())
-        else:  # all of the step's batches were skipped: change nothing
-            optimizer.zero_grad()
-        self._scale_short_step(optimizer)
         self.step_losses = []
         self.log_exactly(
             step=self.global_step + 1,
@@ -106,17 +103,6 @@ class PretrainingModule(LightningModule):
             lr=optimizer.param_groups[0]["lr"],
             tokens_seen=self.tokens_seen,
         )
-
-    def _scale_short_step(self, optimizer: Optimizer) -> None:
-        """Make the gradient the mean over the step's micro-batches where a user's data end an epoch with fewer of them
-        than ``accumulate_grad_batches``, by which Lightning divides."""
-        asked = self.trainer.accumulate_grad_batches
-        left = (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % asked
-        if left and self.trainer.is_last_batch:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(asked / left)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -9,8 +9,8 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.model.gpt import GPT
-from src.training.config import OptimizerConfig, ScheduleConfig
 from src.training.muon import MuonAdamW
+from src.training.sections import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(net: GPT, config: OptimizerConfig) -> Optimizer:
