@@ -30,9 +30,9 @@ class TextSamplesConfig(Config):
     section: ClassVar[str] = "callbacks.text_samples"
 
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(examples=[["Every effort moves you"]])
-    max_new_tokens: int = Field(50, ge=1)
+    max_new_tokens: int = Field(default=50, ge=1)
     sampling: TextSampling
-    every_n_epochs: int = Field(1, ge=1)
+    every_n_epochs: int = Field(default=1, ge=1)
     seed: int = 123
 
 

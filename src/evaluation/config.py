@@ -19,16 +19,16 @@ class EvaluationConfig(Config):
     model_config = ConfigDict(extra="allow")
 
     name: str = "evaluation"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     weights: str = "gpt2"
     split: Literal["val", "train", "all"] = "val"
-    max_tokens: int | None = Field(None, ge=-1, examples=[-1])
-    context_length: int | None = Field(None, ge=1)
-    stride: int | None = Field(None, ge=1)
-    surprises: int = Field(20, ge=0)
-    tasks: tuple[str, ...] = Field((), examples=[["lambada_openai", "hellaswag"]])
+    max_tokens: int | None = Field(default=None, ge=-1, examples=[-1])
+    context_length: int | None = Field(default=None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
+    surprises: int = Field(default=20, ge=0)
+    tasks: tuple[str, ...] = Field(default=(), examples=[["lambada_openai", "hellaswag"]])
     tasks_path: str | None = None
-    tasks_limit: int | None = Field(None, ge=1)
+    tasks_limit: int | None = Field(default=None, ge=1)
     device: Device = "auto"
     precision: Precision | None = None
     data: DataConfig = DataConfig(context_length=None)

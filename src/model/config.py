@@ -21,12 +21,12 @@ class GPTConfig(Config):
 
     section: ClassVar[str] = "model"
 
-    vocab_size: int = Field(50257, ge=1, le=10_000_000)
-    context_length: int = Field(256, ge=1, le=10_000_000)
-    emb_dim: int = Field(768, ge=1, le=100_000)
-    n_heads: int = Field(12, ge=1, le=100_000)
-    n_layers: int = Field(12, ge=1, le=10_000)
-    drop_rate: float = Field(0.1, ge=0, lt=1)
+    vocab_size: int = Field(default=50257, ge=1, le=10_000_000)
+    context_length: int = Field(default=256, ge=1, le=10_000_000)
+    emb_dim: int = Field(default=768, ge=1, le=100_000)
+    n_heads: int = Field(default=12, ge=1, le=100_000)
+    n_layers: int = Field(default=12, ge=1, le=10_000)
+    drop_rate: float = Field(default=0.1, ge=0, lt=1)
     qkv_bias: bool = False
     tie_weights: bool = False
     init: Literal["gpt2", "torch"] = "gpt2"

@@ -24,13 +24,13 @@ class OptimizerConfig(Config):
     section: ClassVar[str] = "optimizer"
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(6e-4, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.95))
-    eps: float = Field(1e-8, gt=0, lt=1)
+    learning_rate: float = Field(default=6e-4, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95))
+    eps: float = Field(default=1e-8, gt=0, lt=1)
     decay: Literal["matrices", "all"] = "matrices"
     fused: bool | None = None
-    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _betas_are_below_one(self) -> "OptimizerConfig":
@@ -53,12 +53,12 @@ class ScheduleConfig(Config):
     section: ClassVar[str] = "schedule"
 
     name: Literal["constant", "warmup_cosine", "warmup_stable_decay"] = "constant"
-    warmup_steps: float = Field(0.2, ge=0)
-    decay_steps: float = Field(0.2, ge=0)
+    warmup_steps: float = Field(default=0.2, ge=0)
+    decay_steps: float = Field(default=0.2, ge=0)
     decay: Literal["linear", "sqrt"] = "linear"
-    initial_lr: float = Field(0.0, ge=0)
-    min_lr: float | None = Field(None, ge=0, examples=[0])
-    on_resume: Literal["keep", "stretch"] | None = Field(None, examples=["stretch"])
+    initial_lr: float = Field(default=0.0, ge=0)
+    min_lr: float | None = Field(default=None, ge=0, examples=[0])
+    on_resume: Literal["keep", "stretch"] | None = Field(default=None, examples=["stretch"])
 
     @model_validator(mode="after")
     def _shares_fit_the_run(self) -> "ScheduleConfig":
@@ -106,9 +106,9 @@ class EvalConfig(Config):
 
     section: ClassVar[str] = "eval"
 
-    every_steps: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    batches: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    batches: int | None = Field(default=None, ge=1)
 
     def resolved_every_steps(self, total_steps: float, steps_per_epoch: int) -> int:
         """Optimizer steps between evaluations; an epoch where the run has no end."""
@@ -128,8 +128,8 @@ class CheckpointConfig(Config):
 
     section: ClassVar[str] = "checkpoint"
 
-    every_steps: int | None = Field(None, gt=0)
-    every_minutes: float | None = Field(10.0, gt=0, examples=[None])
+    every_steps: int | None = Field(default=None, gt=0)
+    every_minutes: float | None = Field(default=10.0, gt=0, examples=[None])
 
 
 class TrainerConfig(Config):
@@ -140,19 +140,19 @@ class TrainerConfig(Config):
     model_config = ConfigDict(extra="allow")
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
-    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", examples=["ddp"])
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(default="auto", examples=["ddp"])
     devices: Any = 1
-    num_nodes: int = Field(1, ge=1)
+    num_nodes: int = Field(default=1, ge=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", 16, 32, 64] | None = None
-    max_epochs: int | None = Field(None, ge=-1, examples=[10])
-    max_steps: int = Field(-1, ge=-1)
-    accumulate_grad_batches: int = Field(1, ge=1)
-    gradient_clip_val: float | None = Field(1.0, ge=0)
-    gradient_clip_algorithm: Literal["norm", "value"] | None = Field(None, examples=["norm"])
-    log_every_n_steps: int = Field(1, ge=0)
-    limit_train_batches: int | float | None = Field(None, ge=0)
+    max_epochs: int | None = Field(default=None, ge=-1, examples=[10])
+    max_steps: int = Field(default=-1, ge=-1)
+    accumulate_grad_batches: int = Field(default=1, ge=1)
+    gradient_clip_val: float | None = Field(default=1.0, ge=0)
+    gradient_clip_algorithm: Literal["norm", "value"] | None = Field(default=None, examples=["norm"])
+    log_every_n_steps: int = Field(default=1, ge=0)
+    limit_train_batches: int | float | None = Field(default=None, ge=0)
     limit_val_batches: Any = None
-    overfit_batches: int | float = Field(0.0, ge=0)
+    overfit_batches: int | float = Field(default=0.0, ge=0)
     val_check_interval: int | float | None = None
     check_val_every_n_epoch: int | None = None
     enable_checkpointing: bool = True
@@ -187,13 +187,13 @@ class TrainConfig(Config):
 
     model_config = ConfigDict(extra="allow")
 
-    seed: int = Field(123, ge=0)
+    seed: int = Field(default=123, ge=0)
     name: str = "gpt2"
     resume: str | None = None
     ckpt_path: str | None = None
     weights: str | None = None
     skip_batches: tuple[int, ...] = ()
-    tokens_per_step: int | None = Field(None, ge=1, examples=[524288])
+    tokens_per_step: int | None = Field(default=None, ge=1, examples=[524288])
     kernels: Literal["fast", "plain"] = "fast"
     compile: bool = False
     activation_checkpointing: bool = False
