@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Iterable
 from reprlib import repr as shortened
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -31,7 +31,7 @@ class Config(BaseModel):
         except ValidationError as error:
             raise ValueError("\n".join(self._explained(error))) from None
 
-    def changed(self, **values: Any) -> "Config":
+    def changed(self, **values: Any) -> Self:
         """A copy with other ``values``, validated again."""
         return type(self)(**{**dict(self), **values})
 
@@ -46,7 +46,7 @@ class Config(BaseModel):
 
 def _explained(config: type[Config], problem: ErrorDetails) -> list[str]:
     if problem["type"] == "value_error":  # of a validator of our own, which says it all
-        return str(problem["ctx"]["error"]).splitlines()
+        return str(problem.get("ctx", {})["error"]).splitlines()
     names, section, field = [config.section] if config.section else [], config, None
     for part in problem["loc"]:
         if not (isinstance(part, str) and (part in section.model_fields or problem["type"] == "extra_forbidden")):

@@ -72,7 +72,7 @@ class Console(Callback):
             batches = trainer.num_val_batches[dataloader_idx] if trainer.num_val_batches else "?"
             self._show(trainer, f"evaluating, batch {batch_idx + 1}/{batches}")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         metrics = trainer.callback_metrics
         if trainer.sanity_checking or "val/loss" not in metrics:
             return

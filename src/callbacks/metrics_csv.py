@@ -78,7 +78,7 @@ class MetricsCSV(Logger):
         """Nothing: run.json holds the resolved config."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self._row.get("step") == step:
             self._row.update(metrics)
         else:

@@ -18,7 +18,7 @@ class Perplexity(Callback):
         self._bytes_of: Tensor | None = None
         self._counts: Tensor | None = None  # bytes and tokens of the validation split so far
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
         if self._bytes_of is None:
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)
@@ -34,14 +34,15 @@ class Perplexity(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if dataloader_idx == 0:
+            assert self._bytes_of is not None and self._counts is not None
             counted = batch[1] >= 0  # (B, T)
             of_each = self._bytes_of[batch[1].clamp(min=0)] * counted  # (B, T)
             self._counts += torch.stack([of_each.sum(), counted.sum()])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         losses = pl_module.eval_losses()
         for split, loss in losses.items():
-            self.log(f"{split}/perplexity", loss.exp())
+            pl_module.log(f"{split}/perplexity", loss.exp())
         if "val" in losses:
             size, tokens = trainer.strategy.reduce(self._counts, reduce_op="sum")
-            self.log("val/bits_per_byte", losses["val"] / (size / tokens * math.log(2)))
+            pl_module.log("val/bits_per_byte", losses["val"] / (size / tokens * math.log(2)))

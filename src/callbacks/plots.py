@@ -55,9 +55,7 @@ class LossPlot(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._next_drawing = time.monotonic() + EVERY_SECONDS
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         metrics = trainer.callback_metrics
         if completes_step(trainer, batch_idx) and "train/loss" in metrics:
             self._unread.append([pl_module.tokens_seen, metrics["train/loss"], metrics["lr"]])
@@ -79,7 +77,7 @@ class LossPlot(Callback):
             self.points = [_mean(pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
             self.steps_per_point *= 2
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         losses = {key: trainer.callback_metrics[key].item() for key in SPLITS if key in trainer.callback_metrics}
         if trainer.sanity_checking or not losses:
             return
@@ -97,7 +95,7 @@ class LossPlot(Callback):
         self._draw(trainer, pl_module)
 
     @rank_zero_only
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, now: bool = True) -> None:
+    def _draw(self, trainer: Trainer, pl_module: Any, now: bool = True) -> None:
         from matplotlib.image import imread
 
         self._read()
@@ -113,9 +111,9 @@ class LossPlot(Callback):
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png")
             for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
+                if log_image := getattr(logger, "log_image", None):
                     image = imread(folder / f"{name}.png")[..., :3]  # (H, W, 3) without transparency
-                    logger.log_image(f"plots/{name}", [image], step=steps)
+                    log_image(f"plots/{name}", [image], step=steps)
         self._next_drawing = time.monotonic() + EVERY_SECONDS
 
 

@@ -86,15 +86,15 @@ class TextSamples(Callback):
         if (trainer.current_epoch + 1) % self.config.every_n_epochs == 0 or trainer.should_stop:
             self._sample(trainer, pl_module)
 
-    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _sample(self, trainer: Trainer, pl_module: Any) -> None:
         if self._step == trainer.global_step:
             return
         self._step = trainer.global_step
         net = whole_net(pl_module.net, trainer)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and net is not None:
             self._write(net, trainer, pl_module)
 
-    def _write(self, net: GPT, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, net: GPT, trainer: Trainer, pl_module: Any) -> None:
         texts = [f"## step {trainer.global_step}, epoch {pl_module.epochs_seen:.2f}"]
         for index in range(len(self.config.prompts)):
             for way, text in self._continuations(net, trainer, pl_module, index).items():
@@ -109,10 +109,10 @@ class TextSamples(Callback):
             file.write(f"{entry}\n\n".encode())
             self._written = file.tell()
         for logger in trainer.loggers:
-            if hasattr(logger, "log_text"):
-                logger.log_text("samples", columns=["text"], data=[[entry]], step=trainer.global_step)
+            if log_text := getattr(logger, "log_text", None):
+                log_text("samples", columns=["text"], data=[[entry]], step=trainer.global_step)
 
-    def _continuations(self, net: GPT, trainer: Trainer, pl_module: LightningModule, index: int) -> dict[str, str]:
+    def _continuations(self, net: GPT, trainer: Any, pl_module: LightningModule, index: int) -> dict[str, str]:
         """The greedy and the sampled continuation of a prompt, by the way in which their tokens were chosen."""
         config, sampling = self.config, self.config.sampling
         tokenizer = getattr(trainer.datamodule, "tokenizer", None) or gpt2_tokenizer()

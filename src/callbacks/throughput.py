@@ -39,12 +39,12 @@ class Throughput(Callback):
             self.seconds += _clock(trainer) - self._running_since
             self._running_since = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._tokens_before = pl_module.tokens_seen
         peak = _peak(pl_module.device, str(trainer.precision))
         self._peak = peak and peak * trainer.world_size
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._flops_per_token = flops_per_token(pl_module.net.config, batch[0].shape[1])
         if self._running_since is None:
             self._running_since = _clock(trainer)
@@ -52,13 +52,11 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._stop(trainer)
         self.tokens = pl_module.tokens_seen - self._tokens_before
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         every = trainer.log_every_n_steps
         if not completes_step(trainer, batch_idx) or not every or trainer.global_step % every:
             return
@@ -68,9 +66,9 @@ class Throughput(Callback):
         seconds, tokens = self._logged
         if self.seconds > seconds:
             rate = (self.tokens - tokens) / (self.seconds - seconds)
-            self.log("perf/tokens_per_second", rate)
+            pl_module.log("perf/tokens_per_second", rate)
             if self._peak:
-                self.log("perf/mfu", rate * self._flops_per_token / self._peak)
+                pl_module.log("perf/mfu", rate * self._flops_per_token / self._peak)
         self._logged = (self.seconds, self.tokens)
 
 

@@ -43,7 +43,7 @@ class RunCheckpoints(Checkpoint):
         self._between_steps = True  # and not between the batches of one step
         self._due = self._best_due = False
         self._stop = False
-        self._group: torch.distributed.ProcessGroup | None = None
+        self._group: Any = None  # torch.distributed.ProcessGroup
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best, "best_step": self.best_step}
@@ -116,7 +116,7 @@ class RunCheckpoints(Checkpoint):
             self.interruption.requested = signal.Signals(signum)
         return bool(signum)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Any) -> None:
         if not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path)
             if self._best_due and trainer.is_global_zero:

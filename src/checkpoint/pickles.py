@@ -33,7 +33,7 @@ def code_in(path: Path) -> list[str]:
                 if isinstance(value, str):
                     strings.append(value)
                 if code.name in ("GLOBAL", "INST"):
-                    found.append(value.replace(" ", "."))
+                    found.append(str(value).replace(" ", "."))
                 elif code.name == "STACK_GLOBAL":
                     found.append(".".join(strings[-2:]))
     except Exception:  # the rest is not a pickle, or a broken one

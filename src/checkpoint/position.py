@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class RunPosition(Callback):
     """Writes where a run stands into its checkpoints, with what they are of, and restores it exactly."""
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         write_position(trainer, checkpoint)
         metrics = pl_module.evaluated if pl_module.evaluated_step == trainer.global_step else {}
         write_run(trainer, checkpoint, pl_module.tokens_seen, metrics)
@@ -58,8 +58,8 @@ def write_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def restore_position(trainer: Trainer) -> None:
     """Mark a finished epoch as finished, before the first batch of a resumed run. With ``max_steps``, Lightning would
     otherwise train it again."""
-    epoch = trainer.fit_loop.epoch_progress.current
-    if epoch.ready == epoch.processed:
+    epoch = trainer.fit_loop.epoch_progress.current.state_dict()
+    if epoch["ready"] == epoch["processed"]:
         trainer.fit_loop.epoch_loop.restarting = False
 
 
@@ -80,7 +80,7 @@ def rescale_position(checkpoint: dict[str, Any], batch_windows: int) -> None:
         count |= {key: done for key in ("ready", "started", "processed")} | {"completed": done + over}
 
 
-def own_data(trainer: Trainer) -> Any | None:
+def own_data(trainer: Any) -> Any | None:
     """The data module if it knows the order of its batches, as this project's does; None for a user's own."""
     return trainer.datamodule if hasattr(trainer.datamodule, "fixed_values") else None
 

@@ -41,8 +41,9 @@ def write_atomically(content: dict[str, Any], path: Path, previous: Path | None 
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("no space left on device")
         with replacing(path, durable=True) as part:
-            with SealedWriter(part) as file, config.patch("save.compute_crc32", False):  # the SHA-256 checks more
-                torch.save(content, file)
+            without_crc = config.patch("save.compute_crc32", False)  # pyright: ignore[reportAttributeAccessIssue]  # at run time
+            with SealedWriter(part) as file, without_crc:  # the SHA-256 checks more
+                torch.save(content, file)  # pyright: ignore[reportArgumentType]  # it needs only write()
             if previous is not None and path.exists():
                 link(path, previous)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError

@@ -35,7 +35,7 @@ def _chain(file: Path) -> list[Path]:
     """The files of the same group that the defaults list of ``file`` names, then ``file``, which may override them."""
     if not file.is_file():
         return []
-    defaults = OmegaConf.load(file).get("defaults", [])
+    defaults = OmegaConf.select(OmegaConf.load(file), "defaults", default=[])
     taken = [name for name in defaults if isinstance(name, str) and name != "_self_"]
     return [*(above for name in taken for above in _chain(file.with_name(f"{name}.yaml"))), file]
 

@@ -76,7 +76,7 @@ def not_composed(error: Exception, config_name: str) -> str:
     return f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"
 
 
-def keys_of(cfg: DictConfig, prefix: str = "") -> set[str]:
+def keys_of(cfg: Any, prefix: str = "") -> set[str]:
     """All keys of ``cfg``, sections included, by their full names."""
     found = set()
     for name in cfg:

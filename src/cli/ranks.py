@@ -38,7 +38,8 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
                 processes.be_quiet()
             return run(cfg, folder)
         except BaseException as error:
-            error.told = processes.reported_elsewhere(error) or getattr(error, "told", False)
+            told = processes.reported_elsewhere(error) or getattr(error, "told", False)
+            error.told = told  # pyright: ignore[reportAttributeAccessIssue]  # any exception, for src.cli.app
             raise
         finally:
             processes.ignore_signals()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.cli.latest import latest_run, requeued_run, with_latest_weights, without_hydra
@@ -91,6 +91,7 @@ def _saved_overrides(
     """The overrides in the ``record`` of a run that ``new`` ones do not replace, if they can be trusted: this user
     signed them, or has typed them again."""
     saved = _overrides_in(record)
+    assert saved is not None
     own = record.get("signature") == signature(saved) is not None
     named = {key_of(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen again comes with its own values
@@ -125,7 +126,7 @@ def _refuse_code(saved: list[str], asked: str) -> None:
         raise ValueError(f"{asked} would execute {code}; type the override that names it again if you trust it")
 
 
-def _targets(cfg: DictConfig) -> list[str]:
+def _targets(cfg: DictConfig | ListConfig) -> list[str]:
     """Every ``_target_`` within ``cfg``."""
     found, nodes = [], [OmegaConf.to_container(cfg)]
     while nodes:

@@ -46,6 +46,6 @@ class SweepTable(Callback):
             line[2:] for line in (job / ".hydra" / "overrides.yaml").read_text().splitlines() if line.startswith("- ")
         )
         record = read_json(job / self.record)
-        numbers = [record.get(key) for key in self.columns.values()]
-        numbers = [number if isinstance(number, int | float) else math.inf for number in numbers]
+        found = [record.get(key) for key in self.columns.values()]
+        numbers: list[float] = [number if isinstance(number, int | float) else math.inf for number in found]
         return numbers, str(record.get("status", "failed")), overrides

@@ -43,7 +43,7 @@ def pack_for_decoding(net: GPT) -> None:
     In float32 that order gains nothing, and the weights stay as they are.
     """
     for module in net.modules():
-        if type(module) in (nn.Linear, FastLinear):
+        if type(module) is nn.Linear or type(module) is FastLinear:
             module.__class__ = FastLinear
             if module.weight.device.type == "cpu" and module.weight.dtype == torch.bfloat16:
                 reorder(module)

@@ -37,7 +37,9 @@ class ReorderedLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return onednn_operator("_linear_pointwise")(x, self.weight, self.bias, "none", [], "")
+        multiply = onednn_operator("_linear_pointwise")
+        assert multiply is not None  # else reorder made no such layer
+        return multiply(x, self.weight, self.bias, "none", [], "")
 
 
 def reorder(layer: nn.Linear) -> None:

@@ -35,10 +35,10 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``(B, H, T, D)`` keys and values after the filled positions; return all filled ones, ``(B, H, S, D)``,
         S = length + T. A fixed cache returns all positions for a single token, to be masked."""
-        if self._fixed(keys.shape[2]):
+        if (place := self._fixed_place(keys.shape[2])) is not None:
             whole = self._keys[layer], self._values[layer]
             for kept, new in zip(whole, (keys, values), strict=True):
-                kept.index_copy_(2, self._place, new)
+                kept.index_copy_(2, place, new)
             return whole
         end = self.length + keys.shape[2]
         self._keys[layer][:, :, self.length : end] = keys
@@ -63,13 +63,13 @@ class KVCache:
         if self._place is not None:
             self._place.fill_(length)
 
-    def _fixed(self, tokens: int) -> bool:
-        return self._place is not None and tokens == 1 and self.padding is None
+    def _fixed_place(self, tokens: int) -> Tensor | None:
+        return self._place if tokens == 1 and self.padding is None else None
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """Positions of the next ``tokens``, ``(T,)``, or ``(B, T)`` with padding."""
-        if self._fixed(tokens):
-            return self._place
+        if (place := self._fixed_place(tokens)) is not None:
+            return place
         columns = torch.arange(self.length, self.length + tokens, device=device)
         return columns if self.padding is None else (columns - self.padding.unsqueeze(1)).clamp(min=0)
 
@@ -78,8 +78,8 @@ class KVCache:
 
         None if a single token sees all of it, or if it is the plain causal triangle.
         """
-        if self._fixed(tokens):
-            return (torch.arange(self._keys[0].shape[2], device=device) <= self._place).unsqueeze(0)  # (1, S)
+        if (place := self._fixed_place(tokens)) is not None:
+            return (torch.arange(self._keys[0].shape[2], device=device) <= place).unsqueeze(0)  # (1, S)
         T, S = tokens, self.length + tokens
         if self.padding is None and T in (1, S):
             return None

@@ -86,7 +86,7 @@ class GPT(nn.Module):
                     residual = name.endswith(("out_proj", "down_proj"))
                     std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
                     nn.init.normal_(module.weight, std=std)
-                    if getattr(module, "bias", None) is not None:
+                    if isinstance(module, nn.Linear) and module.bias is not None:
                         nn.init.zeros_(module.bias)
 
 

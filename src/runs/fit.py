@@ -96,7 +96,8 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=start.path, weights_only=True)
     finally:
         record.trained |= module.steps_made > 0
-        speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # Lightning does not declare it
+        speed = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
         with suppress(OSError):
             record.update(
                 optimizer_steps=trainer.global_step,

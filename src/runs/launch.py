@@ -64,8 +64,8 @@ def planned_count(trainer: dict[str, Any]) -> int:
     return max(world_size(), (_count(trainer["devices"]) or 1) * trainer["num_nodes"])
 
 
-def devices_here(trainer: dict[str, Any]) -> int:
-    """The number of ranks for this machine.
+def devices_here(trainer: Any) -> int:
+    """The number of ranks that the ``trainer`` section, a dictionary, starts on this machine.
 
     Raises:
         ValueError: the machine has fewer devices.
@@ -101,8 +101,8 @@ def start(arguments: list[str], count: int, role: str, resume: str) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT))
-    node = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": count, "local_addr": "localhost"}
-    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+    node: dict[str, Any] = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": count, "local_addr": "localhost"}
+    rendezvous: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
     signals = ",".join(signum.name for signum in heeded_signals())
     logs = DefaultLogsSpecs(os.devnull)
     # max_restarts: a restarted rank would need resume= among its arguments

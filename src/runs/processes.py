@@ -57,11 +57,12 @@ def started_here() -> bool:
 
 @functools.cache
 def _store() -> Any:
-    from torch.distributed import DistError, rendezvous
+    from torch.distributed import DistError
+    from torch.distributed.rendezvous import rendezvous
 
     url = "env://"
     if _under_srun() and "TORCHELASTIC_RUN_ID" not in os.environ:
-        from lightning.pytorch.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         slurm = SLURMEnvironment()
         url = f"tcp://{slurm.main_address}:{slurm.main_port}?rank={rank()}&world_size={world_size()}"

@@ -30,7 +30,7 @@ def print_start_card(
     config: TrainConfig, record: dict[str, Any], trainer: Trainer, data: TextDataModule, steps: float
 ) -> None:
     windows = data.step_windows
-    length = data.config.context_length
+    length = config.data.context_length or config.model.context_length
     about = data.summary()
     interval = config.eval.resolved_every_steps(steps, data.steps_per_epoch)
     evaluation = about.pop("evaluation")
@@ -63,7 +63,7 @@ def judge_initial_loss(loss: float, vocab_size: int) -> None:
 
 def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
     """Warn where no evaluation was better than ``before``, the loss of step 0, which no checkpoint holds."""
-    best = [callback.best for callback in trainer.checkpoint_callbacks if hasattr(callback, "best")]
+    best = [getattr(callback, "best", math.inf) for callback in trainer.checkpoint_callbacks]
     if min([after, *best]) > before:
         log.warning(
             "no evaluation was better than that of step 0, val loss %.3f; use a lower optimizer.learning_rate", before

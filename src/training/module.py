@@ -139,7 +139,8 @@ class PretrainingModule(LightningModule):
     # Optimizer, schedule, devices
 
     def configure_callbacks(self) -> list[Callback]:
-        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)
+        callbacks = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # not declared by Lightning
+        guarded = any(isinstance(callback, FiniteGuard) for callback in callbacks)
         return [] if guarded else [FiniteGuard()]  # in a Trainer of the user's own, which clips by itself
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -161,6 +162,7 @@ class PretrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(scheduler, LambdaLR)
         apply_rates(self.trainer.optimizers[0], scheduler, build_optimizer(self.net, self.optimizer_config))
 
     # Position

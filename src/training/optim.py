@@ -76,7 +76,7 @@ def apply_rates(optimizer: Optimizer, scheduler: LambdaLR, fresh: Optimizer) -> 
         group |= {"initial_lr": new["lr"], "lr": new["lr"] * factor(scheduler.last_epoch)}
 
 
-def learning_rate_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
+def learning_rate_at(step: int, total_steps: float, peak: float, schedule: ScheduleConfig) -> float:
     """The learning rate of optimizer step ``step``, counted from 0, of ``total_steps``."""
     if schedule.name == "constant":
         return peak
@@ -103,7 +103,8 @@ def batches_per_epoch(trainer: Trainer, batches: int) -> int:
         ValueError: their number is not a multiple of ``trainer.accumulate_grad_batches``; an epoch is a whole number
             of steps.
     """
-    key = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+    overfit = trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]  # not declared by Lightning
+    key = "overfit_batches" if overfit else "limit_train_batches"
     limit, accumulate = getattr(trainer, key), trainer.accumulate_grad_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if batches % accumulate:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
@@ -36,7 +36,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)  # by name; empty but on rank 0
+        assert self.model is not None
+        state: Any = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)  # by name; empty but on rank 0
         if not self.is_global_zero:
             return {}
         number = {name: place for place, name in enumerate(self._names(optimizer))}
@@ -45,6 +46,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        assert self.model is not None
         set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True))
         self.model.zero_grad()  # those of a step that failed would keep PyTorch from setting the optimizer up
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -60,11 +62,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """The names of the parameters, in the order in which an optimizer's state numbers them."""
+        assert self.model is not None
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def shard(net: GPT, mesh: torch.distributed.DeviceMesh) -> None:
+def shard(net: GPT, mesh: DeviceMesh) -> None:
     """Shard every parameter of ``net`` over the ranks of ``mesh``; a block's are gathered when it computes."""
     for block in net.blocks:
         fully_shard(block, mesh=mesh)

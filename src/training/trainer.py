@@ -99,5 +99,5 @@ def build_module(
 def continue_logs(trainer: Trainer, step: int) -> None:
     """Make the loggers of the run folder continue after ``step``; what was logged beyond it is logged again."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        if hasattr(logger, "resume"):  # metrics.csv and TensorBoard
-            logger.resume(step)
+        if resume := getattr(logger, "resume", None):  # metrics.csv and TensorBoard
+            resume(step)
