@@ -14,8 +14,8 @@ PROMPT = 8  # tokens
 class BenchmarkConfig(TrainConfig):
     """The keys of training and those that ``conf/benchmark.yaml`` adds and explains."""
 
-    measure: tuple[Literal["training", "generation", "preparation"], ...] = Field(default=
-        ("training", "generation"), min_length=1, examples=[["training"]]
+    measure: tuple[Literal["training", "generation", "preparation"], ...] = Field(
+        default=("training", "generation"), min_length=1, examples=[["training"]]
     )
     peers: tuple[Literal["book", "transformers", "litgpt"], ...] = Field(default=(), examples=[["book"]])
     peers_precision: Literal["32-true", "bf16-mixed"] = "32-true"
