@@ -77,8 +77,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     tasks = None
     if config.tasks:  # lm-eval takes seconds to import, and may not be installed
-        from src.evaluation.harness import HarnessLM
-        from src.evaluation.tasks import load_tasks, run_tasks
+        from src.evaluation.tasks import load_tasks
 
         tasks = load_tasks(config.tasks, config.tasks_path)
     tokenizer = gpt2_tokenizer()
@@ -114,6 +113,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "precision": precision,
     }
     if tasks:
+        from src.evaluation.harness import HarnessLM
+        from src.evaluation.tasks import run_tasks
+
         with autocast:
             adapter = HarnessLM(net, tokenizer, config.data.batch_size, config.seed)
             result |= run_tasks(tasks, adapter, config.tasks_limit)

@@ -71,7 +71,7 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
     check_vocabulary(net, gpt2_tokenizer())
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  # a text file
     try:
         if prompts:
             _continue(net, prompts, config)

@@ -15,13 +15,13 @@ class BenchmarkConfig(TrainConfig):
     """The keys of training and those that ``conf/benchmark.yaml`` adds and explains."""
 
     measure: tuple[Literal["training", "generation", "preparation"], ...] = Field(
-        ("training", "generation"), min_length=1, examples=[["training"]]
+        default=("training", "generation"), min_length=1, examples=[["training"]]
     )
-    peers: tuple[Literal["book", "transformers", "litgpt"], ...] = Field((), examples=[["book"]])
+    peers: tuple[Literal["book", "transformers", "litgpt"], ...] = Field(default=(), examples=[["book"]])
     peers_precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    rounds: int = Field(5, ge=1)
-    steps: int = Field(3, ge=1)
-    new_tokens: int = Field(128, ge=1)
+    rounds: int = Field(default=5, ge=1)
+    steps: int = Field(default=3, ge=1)
+    new_tokens: int = Field(default=128, ge=1)
     source: str | None = None
     output: str | None = None
 

@@ -123,6 +123,7 @@ def measure_generation(config: BenchmarkConfig, device: str, precision: str, bui
 
 def measure_preparation(config: BenchmarkConfig, device: str, precision: str, built: Built) -> dict[str, Any]:
     """Bytes of ``config.source`` tokenized per second into shards, and by tiktoken in memory; peak memory."""
+    assert config.source is not None
     workers, size = os.cpu_count() or 1, preparing.size(config.source)
     rivals = {
         OURS: Rival(OURS, preparing.shards, config.source, workers),

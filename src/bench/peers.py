@@ -21,7 +21,7 @@ def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor,
     """
     net, logits_of = _model(peer, config)
     net.to(device).train()
-    fused = {"fused": True} if peer == "transformers" else {}
+    fused: dict[str, Any] = {"fused": True} if peer == "transformers" else {}
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-4, weight_decay=0.1, **fused)
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
     endless = itertools.cycle(batches)
@@ -54,7 +54,7 @@ def generate(connection: Connection, peer: str, config: GPTConfig, prompt: Tenso
     serve(connection, run)
 
 
-def _continue(peer: str, net: nn.Module, tokens: Tensor, new_tokens: int, context_length: int) -> None:
+def _continue(peer: str, net: Any, tokens: Tensor, new_tokens: int, context_length: int) -> None:
     if peer == "book":
         from llms_from_scratch.ch05 import generate
 

@@ -88,7 +88,7 @@ class Pacer(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.connection.send(peak_memory())
 
-    def _step(self, trainer: Trainer, pl_module: LightningModule, waiting: bool) -> list[float]:
+    def _step(self, trainer: Trainer, pl_module: Any, waiting: bool) -> list[float]:
         """The moments at which the phases of a step ended, after its start; ``waiting`` for the device at each."""
         net, device = pl_module.net, pl_module.device
         optimizer = trainer.optimizers[0]

@@ -13,7 +13,7 @@ class DataConfig(Config):
 
     section: ClassVar[str] = "data"
 
-    context_length: int | None = Field(256, ge=1)  # None: the model's
+    context_length: int | None = Field(default=256, ge=1)  # None: the model's
     format: Literal["text", "shards"] = "text"
     path: str | None = None
     url: str | None = None
@@ -21,11 +21,11 @@ class DataConfig(Config):
     sha256: str | None = None
     size: int | None = None
     cache_dir: str | None = None
-    batch_size: int = Field(2, ge=1)
-    stride: int | None = Field(None, ge=1)
-    train_ratio: float = Field(0.9, gt=0, lt=1)
+    batch_size: int = Field(default=2, ge=1)
+    stride: int | None = Field(default=None, ge=1)
+    train_ratio: float = Field(default=0.9, gt=0, lt=1)
     shuffle: bool = True
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
     special_tokens: Literal["parse", "text"] = "parse"
     seed: int = 123
 
@@ -47,12 +47,12 @@ class PrepareConfig(Config):
 
     source: str | list[str] = Field(examples=["<a file, folder, glob pattern or list of them>"], min_length=1)
     output: str = "my_shards"
-    name: str | None = Field(None, examples=["my_text"])
+    name: str | None = Field(default=None, examples=["my_text"])
     text_key: str = "text"
-    shard_tokens: int = Field(100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
-    val_tokens: int | None = Field(None, ge=0, lt=2**31)  # None: a tenth of all, at most shard_tokens
+    shard_tokens: int = Field(default=100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
+    val_tokens: int | None = Field(default=None, ge=0, lt=2**31)  # None: a tenth of all, at most shard_tokens
     special_tokens: Literal["parse", "text"] = "parse"
-    workers: int | None = Field(None, ge=1)  # None: one per core
+    workers: int | None = Field(default=None, ge=1)  # None: one per core
 
     @model_validator(mode="after")
     def _name_is_a_file_name(self) -> "PrepareConfig":

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from src.data.config import DataConfig
 from src.data.lengths import check_lengths
 from src.data.shard_check import ShardCheck
+from src.data.shards import ShardTokens
 from src.data.tokens import read_split
 from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset, evenly_spread
 from src.tokenizer import gpt2_tokenizer
@@ -59,15 +60,17 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.config = DataConfig(**config)
+        assert self.config.context_length is not None
+        self.context_length = self.config.context_length
         self.tokenizer = tokenizer or gpt2_tokenizer()
         self.eval_tokens = eval_tokens
         self.eval_batches = eval_batches
         self.accumulate = accumulate
         self.rank, self.world_size = rank, world_size
         self.corpus_sha256: str | None = None
-        self.train_windows: SlidingWindowDataset | None = None
-        self.val_windows: SlidingWindowDataset | None = None
-        self._sampler: SeededSampler | None = None
+        self.train_windows: SlidingWindowDataset  # made by setup
+        self.val_windows: SlidingWindowDataset
+        self._sampler: SeededSampler  # made by train_dataloader
         self._start = (0, 0)  # epoch, and windows of it that are already trained on
         self._shard_check = ShardCheck([])
 
@@ -79,15 +82,16 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None:
             self.accumulate = self.trainer.accumulate_grad_batches
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
-        if self.train_windows is not None:
+        if self.corpus_sha256 is not None:
             return
         train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
         check_lengths(self.config, len(train), len(val), self.accumulate, self.world_size)
         if self.config.format == "shards" and self.rank == 0:
+            assert isinstance(train, ShardTokens) and isinstance(val, ShardTokens)
             self._shard_check = ShardCheck([*train.paths, *val.paths])
-        context_length = self.config.context_length
-        self.train_windows = SlidingWindowDataset(train, context_length, self.config.stride or context_length)
-        self.val_windows = SlidingWindowDataset(val, context_length, context_length)
+        length = self.context_length
+        self.train_windows = SlidingWindowDataset(train, length, self.config.stride or length)
+        self.val_windows = SlidingWindowDataset(val, length, length)
 
     @property
     def batch_windows(self) -> int:
@@ -133,8 +137,9 @@ class TextDataModule(LightningDataModule):
         """The indices of the validation windows and of the training windows that every evaluation scores."""
         counts = len(self.val_windows), len(self.train_windows)
         if self.eval_batches is not None:
-            return tuple(evenly_spread(count, self.eval_batches * self.batch_windows) for count in counts)
-        most = None if self.eval_tokens is None else max(self.eval_tokens // self.config.context_length, 1)
+            val, train = (evenly_spread(count, self.eval_batches * self.batch_windows) for count in counts)
+            return val, train
+        most = None if self.eval_tokens is None else max(self.eval_tokens // self.context_length, 1)
         val = evenly_spread(counts[0], most)
         return val, evenly_spread(counts[1], len(val))
 
@@ -144,7 +149,8 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """The position in the data: the epoch and the batches of it already trained on."""
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        assert self.trainer is not None
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()["processed"]
         if batches >= self.trainer.num_training_batches:
             return {"epoch": self._sampler.epoch + 1, "batches": 0, "batch_windows": self.batch_windows}
         return {"epoch": self._sampler.epoch, "batches": batches, "batch_windows": self.batch_windows}
@@ -158,7 +164,7 @@ class TextDataModule(LightningDataModule):
         config = self.config
         keys = ["batch_size", "train_ratio", "shuffle", *(["special_tokens"] if config.format == "text" else [])]
         values = {key: getattr(config, key) for key in keys}
-        values |= {"context_length": config.context_length, "stride": config.stride or config.context_length}
+        values |= {"context_length": self.context_length, "stride": config.stride or self.context_length}
         return {
             **{f"data.{key}": value for key, value in values.items()},
             "seed": config.seed,
@@ -174,7 +180,7 @@ class TextDataModule(LightningDataModule):
     def summary(self) -> dict[str, str]:
         """Windows and tokens of each split, and how many of them are evaluated, for the start card."""
         splits = {"val": self.val_windows, "train": self.train_windows}
-        length, scored = self.config.context_length, []
+        length, scored = self.context_length, []
         for (name, windows), chosen in zip(splits.items(), self.eval_windows(), strict=True):
             every = "all " if len(chosen) == len(windows) else ""
             scored.append(f"{every}{len(chosen):,} {name} windows ({len(chosen) * length:,} tokens)")

@@ -41,7 +41,7 @@ def fetch(urls: list[str], sha256: str | None, size: int | None = None) -> Path:
     )
 
 
-def _downloader(size: int | None) -> Callable[[str, str, object], None]:
+def _downloader(size: int | None) -> Callable[..., None]:
     def download(url: str, target: str, _pooch: object) -> None:
         import requests
         from requests.adapters import HTTPAdapter

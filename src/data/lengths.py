@@ -10,6 +10,7 @@ def check_lengths(config: DataConfig, train: int, val: int, accumulate: int, wor
         ValueError: too few tokens or windows, with the settings that fit.
     """
     length = config.context_length
+    assert length is not None
     if min(train, val) <= length:
         counts = {"training": train, "validation": val}
         have = " and ".join(f"{count} {split} tokens" for split, count in counts.items() if count <= length)

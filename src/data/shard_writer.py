@@ -48,7 +48,7 @@ class ShardWriter:
         self.name = manifest["settings"]["name"]
         self.save_every = save_every
         self.counts = {key: manifest[key] for key in COUNTS}
-        self._file = None
+        self._file: Any = None  # a file that is open for writing
         self._undivided = folder / f"{self.name}_000000.undivided"
         if manifest["complete"]:
             self._undivided.unlink(missing_ok=True)  # a writer was killed before its last act

@@ -99,7 +99,7 @@ def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> 
             f"data.path={path} has no training shard, only {val[0][0].name}; use data.path=<a folder with both>"
         )
     if val:
-        return *(ShardTokens(part, tokenizer.n_vocab) for part in (train, val)), digest.hexdigest()
+        return ShardTokens(train, tokenizer.n_vocab), ShardTokens(val, tokenizer.n_vocab), digest.hexdigest()
     cut = int(train_ratio * sum(tokens for _, tokens in train))
     parts = ShardTokens(train, tokenizer.n_vocab, 0, cut), ShardTokens(train, tokenizer.n_vocab, cut)
     return *parts, digest.hexdigest()

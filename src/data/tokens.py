@@ -39,6 +39,7 @@ def read_split(config: DataConfig, tokenizer: tiktoken.Encoding, train_ratio: fl
         ValueError: text or shards that cannot be read; a cache that cannot be written to.
     """
     if config.format == "shards":
+        assert config.path is not None
         return read_shards(config.path, train_ratio, tokenizer)
     corpus = read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
     return *split_tokens(corpus, train_ratio, tokenizer, config.special_tokens, config.cache_dir), corpus.sha256

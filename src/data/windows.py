@@ -7,7 +7,9 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, Subset
+
+from src.data.shards import ShardTokens
 
 ROUNDS = 16  # of the Feistel network; even, so that rows and columns end up as they began
 BLOCK = 2**14  # indices computed at a time
@@ -23,7 +25,7 @@ class SlidingWindowDataset(Dataset):
     that has a length and whose slices are arrays, such as shards.
     """
 
-    def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
+    def __init__(self, tokens: np.ndarray | ShardTokens, context_length: int, stride: int) -> None:
         self.tokens = tokens
         self.context_length = context_length
         self.stride = stride
@@ -139,7 +141,7 @@ class RankWindows(Dataset):
     all ranks have the same number of batches, and each window counts once.
     """
 
-    def __init__(self, windows: Dataset, batch_size: int, rank: int, ranks: int) -> None:
+    def __init__(self, windows: Subset[tuple[Tensor, Tensor]], batch_size: int, rank: int, ranks: int) -> None:
         self.windows = windows
         self.batch_size = batch_size
         self.rank = rank

@@ -70,16 +70,17 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text after each context, up to the first of the strings in ``until``."""
+        asked: list[Any] = [request.args for request in requests]  # context, options
         groups: dict[str, list[int]] = {}  # requests with the same options, which can share a batch
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
+        for number, (_, options) in enumerate(asked):
+            groups.setdefault(repr(options), []).append(number)
         texts = [""] * len(requests)
         with progress("generating", len(requests), "texts") as advance:
             for group in groups.values():
-                group.sort(key=lambda number: -len(requests[number].args[0]))
+                group.sort(key=lambda number: -len(asked[number][0]))
                 for chosen in _batches(group, self._batch_size):
-                    contexts = [requests[number].args[0] for number in chosen]
-                    written = self._continue(contexts, requests[chosen[0]].args[1], chosen)
+                    contexts = [asked[number][0] for number in chosen]
+                    written = self._continue(contexts, asked[chosen[0]][1], chosen)
                     for number, text in zip(chosen, written, strict=True):
                         texts[number] = text
                     advance(len(chosen))
@@ -119,9 +120,7 @@ class HarnessLM(TemplateLM):
         found = []
         for row, (whole, count) in enumerate(zip(rows, counts, strict=True)):
             last = slice(len(whole) - 1 - count, len(whole) - 1)
-            logits = self._net.head(
-                hidden[row, last]
-            ).float()  # (count, V): the head is a third of a small model's work
+            logits = self._net.head(hidden[row, last]).float()  # (count, V): a context needs none
             targets = tokens[row, 1:][last]  # (count,)
             likely = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum().item()
             found.append((likely, bool((logits.argmax(-1) == targets).all())))
@@ -138,8 +137,17 @@ class HarnessLM(TemplateLM):
         generators = [torch.Generator(self._device).manual_seed(self._seed + number) for number in numbers]
         streams = [TextStream(options["until"], self._encoding) for _ in rows]
         texts = [""] * len(rows)
-        ends = {"vocab_size": self._encoding.n_vocab, "end_token": self.eot_token_id}
-        for step in decode(self._net, tokens, most, sampling, generators, padding=padding, **ends):
+        steps = decode(
+            self._net,
+            tokens,
+            most,
+            sampling,
+            generators,
+            padding=padding,
+            vocab_size=self._encoding.n_vocab,
+            end_token=self.eot_token_id,
+        )
+        for step in steps:
             for row, token in enumerate(step.tokens.flatten().tolist()):
                 texts[row] += streams[row].push(token)
             if all(stream.stopped for stream in streams):

@@ -131,8 +131,8 @@ def _worst(
     for loss, at in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         row, column = divmod(at, scored)
         column += first
-        expected = logits[row, column].argmax().item()
-        found.append(Surprise(starts[row] + column + 1, loss, targets[row, column].item(), expected))
+        token, expected = int(targets[row, column]), int(logits[row, column].argmax())
+        found.append(Surprise(starts[row] + column + 1, loss, token, expected))
     return found
 
 

@@ -16,7 +16,7 @@ class RunWindows(NamedTuple):
 
     length: int
     stride: int
-    count: int
+    number: int
 
 
 class Windows(NamedTuple):
@@ -44,8 +44,8 @@ def windows_of_run(run: dict[str, Any], data: DataConfig, sha256: str, split: st
         return None
     length = own.get("context_length")
     stride = (own.get("stride") or length) if split == "train" else length
-    found = length, stride, counts.get(split)
-    return RunWindows(*found) if all(type(number) is int and number > 0 for number in found) else None
+    found = [number for number in (length, stride, counts.get(split)) if type(number) is int and number > 0]
+    return RunWindows(*found) if len(found) == 3 else None
 
 
 def choose_windows(config: EvaluationConfig, tokens: int, longest: int, own: RunWindows | None) -> Windows:
@@ -60,7 +60,7 @@ def choose_windows(config: EvaluationConfig, tokens: int, longest: int, own: Run
             f"context_length={config.context_length} is more than the model's {longest}; use context_length={longest}"
         )
     length = config.context_length or (own.length if own else longest)
-    stride, most = (own.stride, own.count) if own and own.length == length else (length, None)
+    stride, most = (own.stride, own.number) if own and own.length == length else (length, None)
     if config.max_tokens is not None:
         most = max(config.max_tokens // length, 1)
     count = len(range(0, tokens - length, stride))

@@ -17,11 +17,11 @@ class Sampling(Config):
     ``repetition_penalty=1`` leave the distribution as it is.
     """
 
-    temperature: float = Field(0.0, ge=0, examples=[1.0])
-    top_k: int | None = Field(None, ge=0, examples=[25])
-    top_p: float | None = Field(None, gt=0, le=1, examples=[0.9])
-    min_p: float | None = Field(None, ge=0, le=1, examples=[0.05])
-    repetition_penalty: float = Field(1.0, ge=1e-3, le=1e3)
+    temperature: float = Field(default=0.0, ge=0, examples=[1.0])
+    top_k: int | None = Field(default=None, ge=0, examples=[25])
+    top_p: float | None = Field(default=None, gt=0, le=1, examples=[0.9])
+    min_p: float | None = Field(default=None, ge=0, le=1, examples=[0.05])
+    repetition_penalty: float = Field(default=1.0, ge=1e-3, le=1e3)
 
 
 class GenerationConfig(Sampling):
@@ -32,13 +32,13 @@ class GenerationConfig(Sampling):
     GPU.
     """
 
-    temperature: float = Field(1.0, ge=0)
-    top_k: int | None = Field(25, ge=0)
-    max_new_tokens: int = Field(50, ge=1)
-    num_samples: int = Field(1, ge=1, le=10_000)
-    num_beams: int = Field(1, ge=1, le=MOST_BEAMS)  # all are in memory at once; samples are drawn in batches
-    length_penalty: float = Field(1.0, ge=-100, le=100)
-    seed: int = Field(123, ge=0, lt=2**63)
+    temperature: float = Field(default=1.0, ge=0)
+    top_k: int | None = Field(default=25, ge=0)
+    max_new_tokens: int = Field(default=50, ge=1)
+    num_samples: int = Field(default=1, ge=1, le=10_000)
+    num_beams: int = Field(default=1, ge=1, le=MOST_BEAMS)  # all are in memory at once; samples are drawn in batches
+    length_penalty: float = Field(default=1.0, ge=-100, le=100)
+    seed: int = Field(default=123, ge=0, lt=2**63)
     cuda_graph: bool = False
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ class Inspection:
     def __call__(self, step: Step) -> None:
         self.steps += 1
         best = step.logits[0].softmax(dim=-1).topk(LIKELIEST)
-        chosen = step.tokens[0].item()
+        chosen = int(step.tokens[0])
         print(f"-- token {self.steps}: {_shown(token_bytes(chosen))}", file=sys.stderr)
         for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             mark = "*" if token == chosen else " "

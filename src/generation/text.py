@@ -123,7 +123,7 @@ def continue_texts(
                 if on_step:
                     on_step(step)
                 if on_text:
-                    on_text(stream.push(step.tokens[0].item()))
+                    on_text(stream.push(int(step.tokens[0])))
             if on_text:
                 on_text(stream.finish())
             for row, written in enumerate(torch.cat(steps, dim=1).tolist()):

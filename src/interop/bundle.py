@@ -9,7 +9,7 @@ Protocol Buffers (``tensorflow/core/protobuf/tensor_bundle.proto``).
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def _block(file: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += unshared + length
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Number and value of each field of a Protocol Buffers message."""
     at = 0
     while at < len(message):

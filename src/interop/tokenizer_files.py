@@ -62,7 +62,7 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, ...]]:
     """The pairs that byte-pair encoding learned, in order: the pair of a token is what remains of its bytes after all
     earlier merges."""
     return [
