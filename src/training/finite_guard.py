@@ -40,15 +40,13 @@ class FiniteGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._inputs = []
 
-    def on_train_batch_start(  # type: ignore[override]
+    def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         if pl_module.batches_seen not in pl_module.skip_batches:
             self._inputs.append((pl_module.batches_seen, batch[0]))
 
-    def on_before_optimizer_step(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: Any, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and optimizer.param_groups[0].get("fused"):  # such optimizers unscale in their step
             scaler.unscale_(optimizer)
