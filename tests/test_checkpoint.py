@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -254,7 +253,7 @@ def test_a_checkpoint_of_another_trainer_gives_its_weights(tmp_path, caplog):
     net = GPT(GPTConfig(vocab_size=50, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
     content = {
         **content_of(7),
-        "hyper_parameters": {"model": asdict(net.config), "seed": 1},
+        "hyper_parameters": {"model": net.config.model_dump(), "seed": 1},
         "state_dict": {f"net.{name}": tensor for name, tensor in net.state_dict().items()},
     }
     path = tmp_path / "version_0" / "checkpoints" / "epoch=0-step=7.ckpt"

@@ -234,7 +234,7 @@ def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(cli.CONF.parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout == "1 []\n"
-    assert done.stderr.startswith("error: optimizer.lr is no key of train: did you mean optimizer.learning_rate?")
+    assert done.stderr.startswith("error: optimizer.lr is not a key of train: did you mean optimizer.learning_rate?")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -275,7 +275,7 @@ def test_help_shows_what_is_chosen_with_its_own_comments(command):
     assert "    weight_decay: 0.1  # decoupled" in lines  # which it has from adamw.yaml
     assert "    min_lr: null  # where the decay ends; null: a tenth of optimizer.learning_rate" in lines
     assert "    vocab_size: 50257  # GPT-2's byte-pair encoding" in lines
-    assert "    train_ratio: 0.9  # share of the characters that trains; the rest validates" in lines
+    assert "    train_ratio: 0.9  # fraction of the characters that trains; the rest validates" in lines
     _, out, _ = command("train", "experiment=gpt2_124m", "trainer=cpu", "--help")
     lines = out.splitlines()
     assert any(line.startswith("    vocab_size: 50304  # padded") for line in lines)

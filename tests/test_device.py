@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src.training import device
+from src import device
 
 
 def test_precision_follows_the_hardware(monkeypatch):

@@ -283,7 +283,7 @@ BAD = {
     "weights=W max_tokens=0": "max_tokens=-1",
     "weights=W max_tokens=32 stride=4": "max_tokens=-1",
     "weights=W precision=fp8": "precision=null",
-    "weights=S": "knows 61 tokens",
+    "weights=S": "has 61 tokens",
 }
 
 

@@ -80,13 +80,13 @@ def test_evaluation_over_some_batches(tiny_run):
 
 
 def test_lightnings_own_interval_still_works(tiny_run):
-    run = tiny_run("callbacks=none", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "data.batch_size=8")
+    run = tiny_run("callbacks=none", "+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "data.batch_size=8")
     per_epoch = len(run.datamodule.train_dataloader())
     assert [row["step"] for row in metrics_of(run) if "val/loss" in row] == [0, 2 * per_epoch, 4 * per_epoch]
 
 
 def test_lightnings_share_of_an_epoch(tiny_run):
-    run = tiny_run("callbacks=none", "trainer.val_check_interval=0.5", "data.batch_size=4")  # 12 batches
+    run = tiny_run("callbacks=none", "+trainer.val_check_interval=0.5", "data.batch_size=4")  # 12 batches
     assert [row["step"] for row in metrics_of(run) if "val/loss" in row] == [0, 6, 12]
 
 

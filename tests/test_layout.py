@@ -143,25 +143,24 @@ def test_no_pytorch_or_lightning_before_the_overrides_are_checked(path):
 
 # May only shrink.
 LONG = {
-    "src/benchmark.py",  # three measurements, from the processes to the table
+    "src/bench/measures.py",  # three measurements, from the processes to the table
     "src/callbacks/plots.py",  # one figure: steps, evaluations, learning rate and tokens
-    "src/cli/app.py",  # all that stands between a mistyped override and its one-line answer
-    "src/cli/resume.py",  # which run is meant, its overrides, and whether they may be trusted
+    "src/cli/app.py",  # from the command line to the task, and from errors to one line
+    "src/cli/overrides.py",  # all that can be wrong with an override
     "src/data/datamodule.py",  # the whole path of one batch
     "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
     "src/data/prepare.py",  # from files to shards, and whether a folder may be continued
     "src/data/shard_writer.py",  # one writer, and all that a kill may leave
-    "src/data/tokens.py",  # a corpus as tokens, and the cache of them that processes share
+    "src/data/shards.py",  # one format, read and checked
     "src/data/windows.py",  # windows, their order, and each rank's part of it
-    "src/evaluate.py",  # which text belongs to the weights, what of it is scored, and the figures
-    "src/evaluation/tasks.py",  # two tasks, from the lines of a file to the figures
     "src/generate.py",  # every way for a prompt to come in and for a text to go out
     "src/generation/decode.py",  # the decoding loop, and all that its rows may ask for
     "src/generation/text.py",  # from prompts to texts: characters, stop strings, and the draws of each prompt
+    "src/runs/record.py",  # the record, the claim to a folder, the signature
     "src/runs/report.py",  # the start card, the summary, and what a failed run says
+    "src/runs/start.py",  # three ways to start, and what a checkpoint may be continued with
     "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
-    "src/train.py",  # the main job from the overrides to the summary
-    "src/training/config.py",  # five sections of the config with all their limits
+    "src/training/config.py",  # the Trainer's arguments, and how the sections agree
     "src/training/module.py",  # one LightningModule
 }
 

@@ -117,7 +117,7 @@ def test_what_the_figures_show():
     assert smooth[50] == pytest.approx(sum(10 / step for step in range(49, 54)) / 5)
     (tokens,) = upper.child_axes
     tokens.figure.draw_without_rendering()
-    assert "20k" in [label.get_text() for label in tokens.get_xticklabels()]
+    assert "20,000" in [label.get_text() for label in tokens.get_xticklabels()]
     assert list(lower.lines[0].get_ydata()) == pytest.approx([rate for *_, rate in points])
     assert [label.get_text() for label in lower.get_yticklabels()] == ["0", "0.1"]
 

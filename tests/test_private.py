@@ -89,7 +89,8 @@ def test_no_other_private_attribute_is_used(path):
 
 def test_the_table_is_short_and_lists_what_is_used():
     assert len(PRIVATE) <= 6
-    assert set(PRIVATE) <= set().union(*map(foreign, TREES))
+    text = "".join(path.read_text() for path in SRC.rglob("*.py"))  # two are operators, looked up by their names
+    assert all(name in text for name in PRIVATE)
 
 
 @pytest.mark.parametrize("attribute", PRIVATE)

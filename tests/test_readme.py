@@ -17,6 +17,7 @@ import pytest
 from conftest import TINY, story_of
 from omegaconf import OmegaConf
 
+from src.cli import app
 from src.cli import overrides as cli
 from src.cli.latest import with_latest_weights
 from src.cli.resume import resumed_overrides
@@ -75,7 +76,7 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     overrides = shlex.split(arguments, comments=True)
     check = door(name).check
     if name == "generate":
-        overrides, raw = cli.take_out(overrides, door("generate").RAW)
+        overrides, raw = app.take_out(overrides, door("generate").RAW)
         raw["prompt_file"] = [str(file) for _ in raw["prompt_file"]]
         monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
         check = functools.partial(check, raw=raw)

@@ -369,7 +369,7 @@ def test_changes_are_told(tiny_run, cut, caplog):
 def test_checkpoints_lie_between_steps(tiny_run, interval):
     """With Lightning's own interval, in batches, an evaluation can fall between two batches of one step."""
     common = ("callbacks=none", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "schedule=constant",
-              f"trainer.val_check_interval={interval}", "trainer.max_epochs=2")  # fmt: skip
+              f"+trainer.val_check_interval={interval}", "trainer.max_epochs=2")  # fmt: skip
     whole = tiny_run(*common)
     best = whole.folder / "checkpoints" / "best.ckpt"
     step = read_checkpoint(best)["global_step"]
@@ -395,7 +395,7 @@ def test_time_over_in_the_middle_of_a_step(tiny_run, monkeypatch):
 
 def test_a_check_of_overfitting_cannot_be_continued(tiny_run):
     run = tiny_run("callbacks=none", "trainer.overfit_batches=2", "trainer.max_epochs=2")
-    with pytest.raises(ValueError, match=r"is a check that cannot be continued: trainer\.overfit_batches=0"):
+    with pytest.raises(ValueError, match=r"is a check that cannot be continued; use trainer\.overfit_batches=0"):
         tiny_run("callbacks=none", "trainer.overfit_batches=2", "trainer.max_epochs=3", resume=run.folder)
 
 
@@ -453,14 +453,14 @@ def test_what_would_be_meaningless_is_refused_with_the_difference(tiny_run, cut,
         for line in str(error.value).splitlines()
         if line.startswith(f"{key}={value.title() if value in ('true', 'false') else value} differs from ")
     ]
-    assert f": {key}=" in line
+    assert f"; use {key}=" in line
     assert before == ((cut / "run.json").read_text(), (cut / "metrics.csv").read_text())
 
 
 def test_another_text_is_refused(tiny_run, cut, text):
     text.write_text(text.read_text().replace("ferry", "merry"))
     with pytest.raises(
-        ValueError, match=r"data\.path: the text is not the one that .*last\.ckpt was trained on .*: data\.path=<"
+        ValueError, match=r"data\.path: has another text than .*last\.ckpt was trained on .*; use data\.path=<"
     ):
         tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
     assert read_record(cut)["status"] == "interrupted"
@@ -514,7 +514,9 @@ def test_extending_a_run_asks_what_becomes_of_the_learning_rate(tiny_run, cut):
 def test_a_complete_run_has_nothing_left_to_do(tiny_run, tmp_path):
     run = tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
     before = (run.folder / "run.json").read_text()
-    with pytest.raises(ValueError, match=r"at step 12 of 12, there is nothing left to do: trainer\.max_epochs=<more>"):
+    with pytest.raises(
+        ValueError, match=r"at step 12 of 12, there is nothing left to do; use trainer\.max_epochs=<more>"
+    ):
         tiny_run("callbacks=none", "data.batch_size=4", resume=run.folder)
     assert (run.folder / "run.json").read_text() == before
 
@@ -606,7 +608,7 @@ def test_moved_folder_keeps_its_best(tiny_run, at_batch, tmp_path):
 
 def test_two_processes_cannot_share_a_folder(tiny_run, cut, monkeypatch):
     monkeypatch.setattr("src.runs.record.LINGERING", 0.1)
-    with FileLock(cut / ".lock"), pytest.raises(ValueError, match="is in use by another process: stop that"):
+    with FileLock(cut / ".lock"), pytest.raises(ValueError, match="is in use by another process; stop that"):
         tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
     with pytest.raises(
         ValueError, match=r"already holds a run \(run.json, metrics.csv, checkpoints, events.out.tfevents.\*\): resume="
@@ -776,7 +778,7 @@ def test_folders_with_odd_names(command, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("where", ["cwd", "run", "resume", "sweep"])
 def test_names_that_hydra_cannot_hold_are_refused(command, tmp_path, monkeypatch, where):
-    for name, cure in ("${oc.env:HOME}", "has ${ in its name"), (os.fsdecode(b"\xff"), "is not UTF-8: "):
+    for name, cure in ("${oc.env:HOME}", "has ${ in its name"), (os.fsdecode(b"\xff"), "is not UTF-8; "):
         place = tmp_path / where / (name if where == "cwd" else "plain")
         place.mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(place)

@@ -56,7 +56,7 @@ def test_out_of_memory(tiny_run, at_batch, tmp_path, error, batch, accumulate, c
         raise error
 
     at_batch(7, fail)
-    with pytest.raises(ValueError, match=f"^out of memory; this takes less and keeps the tokens per step: {cure}$"):
+    with pytest.raises(ValueError, match=f"^out of memory; use {cure} for less memory"):
         tiny_run("callbacks=none", f"data.batch_size={batch}", f"trainer.accumulate_grad_batches={accumulate}",
                  "checkpoint.every_steps=1", folder=tmp_path / "run")  # fmt: skip
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 7 // accumulate
@@ -79,7 +79,7 @@ def test_real_lack_of_memory(tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "error: out of memory; this takes less and keeps the tokens per step: data.batch_size=128" in done.stdout
+    assert "error: out of memory; use data.batch_size=128" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -103,7 +103,7 @@ def test_dead_data_worker(tmp_path, trials):
     os.kill(killed[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "error: a data worker died, often for want of memory: resume=" in output
+    assert "error: a data worker died, often for lack of memory; use resume=" in output
     assert "Traceback" not in output
     assert read_record(tmp_path / "run")["status"] == "failed"
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] % 5 == 0
@@ -115,14 +115,14 @@ def test_full_disk_before_the_start(tiny_run, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**7))
     with pytest.raises(
-        ValueError, match=r"has 0\.0 GB free, two checkpoints take 0\.1 GB: free some, hydra\.run\.dir="
+        ValueError, match=r"has 0\.0 GB free, two checkpoints take 0\.1 GB; free some space, or use hydra\.run\.dir="
     ):
         tiny_run(*FAST[:1])
     tiny_run(*FAST, "trainer.max_steps=1", "logger=none")
 
 
 def test_full_disk_in_a_run(tiny_run, tmp_path, monkeypatch):
-    from src.training import sealed
+    from src.checkpoint import sealed
 
     real, calls = sealed.torch.save, []
 

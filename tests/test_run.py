@@ -135,7 +135,7 @@ def test_two_runs_at_once_and_a_folder_taken(tmp_path, finished):
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     taken = command(tmp_path, f"hydra.run.dir={run}")
     assert taken.returncode == 1
-    assert f"is not empty: resume={run} to continue a run, or hydra.run.dir=<a new folder>" in taken.stderr
+    assert f"is not empty; use resume={run} to continue a run, or hydra.run.dir=<a new folder>" in taken.stderr
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 

@@ -1,6 +1,7 @@
 """Which run a command refers to: the latest one, the one of some weights, or the one of a requeued job."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def with_latest_weights(overrides: list[str]) -> list[str]:
         if key.lstrip("+") != "weights":
             return override
         if "latest" not in parts:  # a path is taken literally, whatever Hydra's grammar makes of its characters
-            return f"{key}={quoted(value)}" if value and os.path.lexists(os.path.expanduser(value)) else override
+            plain = re.fullmatch(r"[\w./:+@%~-]*", value) or not os.path.lexists(os.path.expanduser(value))
+            return override if plain else f"{key}={quoted(value)}"
         return f"{key}={','.join(quoted(latest_run('weights')) if part == 'latest' else part for part in parts)}"
 
     return [replaced(override) for override in overrides]

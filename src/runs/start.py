@@ -124,9 +124,10 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     found = _shared(lambda: _checkpoint(config, folder))
     if found is None:
         if not config.weights:
-            return Start(config.accumulated(world_size))
+            return Start(config.accumulated(world_size).with_window())
         model, weights = read_weights(config.weights)
-        return Start(config.with_model_of(model, config.weights).accumulated(world_size), weights=weights)
+        config = config.with_model_of(model, config.weights).accumulated(world_size).with_window()
+        return Start(config, weights=weights)
     path, checkpoint = found
     if config.trainer.overfit_batches:
         raise ValueError(
@@ -136,7 +137,7 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     model = GPTConfig(**checkpoint["hyper_parameters"]["model"])
     if config.weights or config.ckpt_path:
         config = config.with_model_of(model, str(path))
-    config = config.accumulated(world_size)
+    config = config.accumulated(world_size).with_window()
     if problems := [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path),
                     *_other_values(config, checkpoint, path, world_size)]:  # fmt: skip
         raise ValueError("\n".join(problems))
@@ -178,8 +179,8 @@ def _other_optimizer(config: TrainConfig, checkpoint: dict[str, Any], path: Path
     if config.optimizer.name == before:
         return []
     return [
-        f"optimizer={config.optimizer.name} cannot use the state of {before} in {path}; use optimizer={before}, or "
-        f"weights={path} for a new run"
+        f"optimizer={config.optimizer.name} differs from {before} in {path}, whose state it cannot use; "
+        f"use optimizer={before}, or weights={path} for a new run"
     ]
 
 

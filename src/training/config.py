@@ -138,6 +138,15 @@ class TrainConfig(Config):
         ]
         return found
 
+    def with_window(self) -> "TrainConfig":
+        """A config in which ``data.context_length`` is that of the model where it was null."""
+        return self.changed(data=self.data.changed(context_length=self.context_length))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per window."""
+        return self.data.context_length or self.model.context_length
+
     def accumulated(self, world_size: int) -> "TrainConfig":
         """A config with the ``trainer.accumulate_grad_batches`` that makes ``tokens_per_step`` on ``world_size``
         devices.
@@ -148,7 +157,7 @@ class TrainConfig(Config):
         asked, given = self.tokens_per_step, self.trainer.accumulate_grad_batches
         if asked is None:
             return self
-        batch = self.data.batch_size * (self.data.context_length or self.model.context_length) * world_size
+        batch = self.data.batch_size * self.context_length * world_size
         batches, left = divmod(asked, batch)
         if left:
             nearest = max(round(asked / batch), 1) * batch
