@@ -276,14 +276,15 @@ def test_help_shows_what_is_chosen_with_its_own_comments(command):
     assert "    min_lr: null  # where the decay ends; null: a tenth of optimizer.learning_rate" in lines
     assert "    vocab_size: 50257  # GPT-2's byte-pair encoding" in lines
     assert "    train_ratio: 0.9  # fraction of the characters that trains; the rest validates" in lines
-    _, out, _ = command("train", "experiment=gpt2_124m", "trainer=cpu", "--help")
+    _, out, _ = command("train", "experiment=gpt2_124m", "trainer=ddp", "--help")
     lines = out.splitlines()
     assert any(line.startswith("    vocab_size: 50304  # padded") for line in lines)
     assert "    train_ratio: 0.999  # where there is no validation shard" in lines
     assert "    n_layers: 12  # depth" in lines
-    assert "    accelerator: cpu  # auto, cpu, gpu, mps" in lines
+    assert "    accelerator: auto  # auto, cpu, gpu, mps" in lines  # which it has from default.yaml
+    assert any(line.startswith("    devices: auto  # all GPUs of this machine") for line in lines)
     _, out, _ = command("train", "data=shards", "--help")
-    assert "    train_ratio: 0.9  # where no name has val in it, the share of the tokens that trains" in out
+    assert "    train_ratio: 0.9  # fraction of the tokens that trains if no name has val in it" in out
     status, out, err = command("train", "modle=3", "--help")
     assert (status, out, err.count("\n")) == (1, "", 1)
 
