@@ -40,11 +40,11 @@ class Config(BaseModel):
         """Each problem of ``error`` as one line in terms of overrides."""
         lines: list[str] = []
         for problem in error.errors(include_url=False):
-            lines += _explained(cls, problem)
+            lines += _lines_of(cls, problem)
         return list(dict.fromkeys(lines))
 
 
-def _explained(config: type[Config], problem: ErrorDetails) -> list[str]:
+def _lines_of(config: type[Config], problem: ErrorDetails) -> list[str]:
     if problem["type"] == "value_error":  # of a validator of our own, which says it all
         return str(problem.get("ctx", {})["error"]).splitlines()
     names, section, field = [config.section] if config.section else [], config, None

@@ -104,8 +104,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         steps = planned_steps(trainer, batches)
         start.check(data, batches, steps, finished=record.completed_before or not config.resume)
         device = trainer.strategy.root_device.type
-        module = build_module(config, device, start.length(steps), start.skip_batches(data.batch_windows))
-        start.load(module)
+        module = build_module(config, device, start.schedule_steps(steps), start.skip_batches(data.batch_windows))
+        start.load_weights(module)
         check_disk(trainer, module, folder)
         if config.resume and not config.dry_run:
             report.print_changes(read_record(folder), config.model_dump(mode="json"))

@@ -110,7 +110,7 @@ def at_batch(monkeypatch):
         pending = [act]
 
         def step(self, given, batch_idx):
-            if pending and self.batches_seen == batch:
+            if pending and self.batch_index == batch:
                 pending.pop()(self)
             return training_step(self, given, batch_idx)
 

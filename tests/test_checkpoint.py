@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
 from src.checkpoint.plugin import SealedCheckpointIO
 from src.checkpoint.seal import SealedWriter
-from src.checkpoint.sealed import DamagedError, write_atomically
+from src.checkpoint.sealed import DamagedError, write_sealed
 from src.cli.overrides import CONF
 from src.interop.weights import load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
@@ -47,7 +47,7 @@ plain = st.recursive(
 def test_what_is_read_is_what_was_written(tmp_path_factory, extra, shape):
     path = tmp_path_factory.mktemp("checkpoints") / "any.ckpt"
     written = {**content_of(1), "extra": extra, "tensor": torch.arange(int(torch.tensor(shape).prod())).reshape(shape)}
-    write_atomically(written, path)
+    write_sealed(written, path)
     read = read_checkpoint(path)
     assert read["extra"] == extra
     assert torch.equal(read["tensor"], written["tensor"])
@@ -84,11 +84,11 @@ def test_flipped_bit_or_truncation_is_found_and_an_older_one_taken(tmp_path, tri
 
 
 def test_a_damaged_file_that_was_asked_for(tmp_path):
-    write_atomically(content_of(1), tmp_path / "last.ckpt")
+    write_sealed(content_of(1), tmp_path / "last.ckpt")
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-100])
     with pytest.raises(DamagedError, match="damaged"):
         good_checkpoint(tmp_path / "last.ckpt")
-    write_atomically(content_of(2), tmp_path / "best.ckpt")
+    write_sealed(content_of(2), tmp_path / "best.ckpt")
     assert good_checkpoint(tmp_path / "last.ckpt")[0] == tmp_path / "best.ckpt"
     with pytest.raises(ValueError, match=r"weights=.* is damaged"):  # other weights would be another model
         read_weights(tmp_path / "last.ckpt")
@@ -134,10 +134,10 @@ def test_killed_while_saving(tmp_path, trials):
 def test_disk_full(tmp_path, monkeypatch):
     """The old file stays, nothing else is left, and the message says how much is missing."""
     path = tmp_path / "last.ckpt"
-    write_atomically(content_of(1), path)
+    write_sealed(content_of(1), path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
     with pytest.raises(OSError, match=r"disk is full\): it takes 0\.00 GB and 0\.00 GB are free; free some") as error:
-        write_atomically(content_of(2), path, previous=tmp_path / "previous.ckpt")
+        write_sealed(content_of(2), path, previous=tmp_path / "previous.ckpt")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [path]
     assert read_checkpoint(path)["global_step"] == 1
@@ -145,14 +145,14 @@ def test_disk_full(tmp_path, monkeypatch):
 
 def test_disk_that_fails_while_writing(tmp_path):
     """A real limit of the system on the size of a file, in a process of its own."""
-    write_atomically(content_of(1), tmp_path / "last.ckpt")
+    write_sealed(content_of(1), tmp_path / "last.ckpt")
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from src.checkpoint.sealed import write_atomically\n"
+        "from src.checkpoint.sealed import write_sealed\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
         "content = {'state_dict': {'weight': torch.zeros(10**6)}}\n"
-        "try: write_atomically(content, Path(sys.argv[1], 'last.ckpt'), Path(sys.argv[1], 'previous.ckpt'))\n"
+        "try: write_sealed(content, Path(sys.argv[1], 'last.ckpt'), Path(sys.argv[1], 'previous.ckpt'))\n"
         "except OSError as error: print(error)\n"
     )
     done = subprocess.run(
@@ -169,13 +169,13 @@ def test_disk_that_fails_while_writing(tmp_path):
 @pytest.mark.parametrize("place", ["weight", "moment"])
 def test_no_file_ever_holds_what_is_no_number(tmp_path, value, place):
     path = tmp_path / "last.ckpt"
-    write_atomically(content_of(1), path)
+    write_sealed(content_of(1), path)
     bad = content_of(2)
     (bad["state_dict"]["weight"] if place == "weight" else bad["optimizer_states"][0]["state"][0]["exp_avg"])[50] = (
         value
     )
     with pytest.raises(ValueError, match="was not written because the weights or the optimizer state are not finite"):
-        write_atomically(bad, path)
+        write_sealed(bad, path)
     assert read_checkpoint(path)["global_step"] == 1
 
 

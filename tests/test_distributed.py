@@ -37,7 +37,7 @@ POISON = """
 from lightning.pytorch import Callback
 class Poison(Callback):
     def on_before_backward(self, trainer, pl_module, loss):
-        if trainer.global_rank == 1 and pl_module.batches_seen == 2 and pl_module.step_losses:  # not left out
+        if trainer.global_rank == 1 and pl_module.batch_index == 2 and pl_module.step_losses:  # not left out
             pl_module.step_losses[-1] = loss.new_tensor(float("nan"))  # the gradient stays finite
 """
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from src.checkpoint.sealed import write_atomically
+from src.checkpoint.sealed import write_sealed
 from src.interop.book import write_book
 from src.interop.bundle import MAGIC, read_bundle
 from src.interop.huggingface import write_huggingface
@@ -669,7 +669,7 @@ def test_layers_that_share_their_memory_do_not_unfold(tmp_path, form):
         (tmp_path / "model.safetensors").unlink()
         file = tmp_path / "pytorch_model.bin"
         content = {their_names(n, form)[0]: t.t() if n.endswith(CONV1D) else t for n, t in weights.items()}
-    write_atomically(content, file)
+    write_sealed(content, file)
     assert file.stat().st_size < 1e6
     with pytest.raises(ValueError, match=r"its tensors claim 8,\d*,\d* bytes, the file holds \d\d,\d*;") as error:
         load_weights(file)
@@ -708,7 +708,7 @@ def test_what_a_file_says_does_not_reach_the_terminal_as_it_is(tmp_path, file, k
 @pytest.mark.parametrize("value", [10**12, EVIL])
 def test_sizes_beyond_any_model_are_refused_at_once(tmp_path, key, value):
     config = {**CONFIGS[0].model_dump(), key: value}
-    write_atomically({"config": config, "state_dict": {}}, tmp_path / "weights.pt")
+    write_sealed({"config": config, "state_dict": {}}, tmp_path / "weights.pt")
     started = time.perf_counter()
     with pytest.raises(
         ValueError, match=rf"model\.{key}=.* (must be at most [\d,]*|should be a valid integer)"

@@ -14,7 +14,7 @@ from src.kernels import loss as loss_module
 from src.kernels import onednn
 from src.kernels.attention import causal_attention
 from src.kernels.dropout import FastDropout
-from src.kernels.install import has_fast_kernels, pack_for_decoding, use_fast_kernels
+from src.kernels.install import can_fuse_loss, pack_for_decoding, use_fast_kernels
 from src.kernels.loss import fused_loss, head_and_loss
 from src.kernels.onednn import FastLinear, ReorderedLinear
 from src.kernels.training import compile_training, recompute_activations
@@ -110,7 +110,7 @@ def test_nor_does_the_validation_of_a_run(tiny_run, monkeypatch):
     def watched(self, *arguments):
         with Calls() as calls:
             step(self, *arguments)
-        assert has_fast_kernels(self.net)
+        assert can_fuse_loss(self.net)
         seen.append(calls.names)
 
     monkeypatch.setattr(PretrainingModule, "validation_step", watched)
@@ -294,7 +294,7 @@ def test_a_model_with_fast_kernels_is_the_plain_one(tiny, changes):
     net, tokens = build(tiny, **changes), torch.randint(tiny.vocab_size, (2, 17))
     fast = copy.deepcopy(net)
     use_fast_kernels(fast)
-    assert has_fast_kernels(fast) and not has_fast_kernels(net)
+    assert can_fuse_loss(fast) and not can_fuse_loss(net)
     expected, found = values_and_gradients(net, tokens, plain_loss), values_and_gradients(fast, tokens, fused_loss)
     for want, got in zip(expected, found, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
@@ -305,7 +305,7 @@ def test_a_model_with_fast_kernels_is_the_plain_one(tiny, changes):
     again = copy.deepcopy(fast)
     with torch.no_grad():
         again.head.weight.zero_()  # a copy of its own, kernels included
-    assert fast.head.weight.any() and has_fast_kernels(again)
+    assert fast.head.weight.any() and can_fuse_loss(again)
 
 
 def test_dropout_of_a_model_with_fast_kernels_stops_in_evaluation(tiny):
@@ -339,14 +339,14 @@ class CappedGPT(GPT):
 def test_logits_of_ones_own_are_not_bypassed_by_the_fused_loss(tiny):
     net = CappedGPT(tiny)
     use_fast_kernels(net)
-    assert not has_fast_kernels(net)
+    assert not can_fuse_loss(net)
 
 
 def test_plain_kernels_train_to_the_same_losses(tiny_run):
     """Without dropout; and those that ``kernels=plain`` leaves out were there."""
     quick = ("callbacks=default", "trainer.enable_checkpointing=false", "trainer.max_steps=3", "model.drop_rate=0")
     fast, plain = (tiny_run(*quick, f"kernels={kernels}") for kernels in ("fast", "plain"))
-    assert has_fast_kernels(fast.module.net) and linear_classes(plain.module.net) == {nn.Linear}
+    assert can_fuse_loss(fast.module.net) and linear_classes(plain.module.net) == {nn.Linear}
     for key in "train_loss", "val_loss":
         assert plain.record[key] == pytest.approx(fast.record[key], abs=1e-5)
     with pytest.raises(ValueError, match=r"^kernels=slow is not one of fast, plain; use kernels=fast$"):

@@ -281,8 +281,8 @@ def test_speed_is_that_of_training_alone(tiny_run, monkeypatch):
     from src.checkpoint import plugin
     from src.training.module import PretrainingModule
 
-    write, step = plugin.write_atomically, PretrainingModule.training_step
-    monkeypatch.setattr(plugin, "write_atomically", lambda *a, **k: (time.sleep(0.5), write(*a, **k)))
+    write, step = plugin.write_sealed, PretrainingModule.training_step
+    monkeypatch.setattr(plugin, "write_sealed", lambda *a, **k: (time.sleep(0.5), write(*a, **k)))
     monkeypatch.setattr(PretrainingModule, "training_step", lambda *a: (time.sleep(0.05), step(*a))[1])
     run = tiny_run("trainer.max_steps=6", "checkpoint.every_steps=1", "~callbacks.text_samples", "~callbacks.loss_plot")
     training = run.record["tokens_seen"] / run.record["tokens_per_second"]

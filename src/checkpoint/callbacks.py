@@ -118,7 +118,7 @@ class RunCheckpoints(Checkpoint):
 
     def _save(self, trainer: Any) -> None:
         if not trainer.fast_dev_run:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path)  # through SealedCheckpointIO in plugin.py
             if self._best_due and trainer.is_global_zero:
                 link(self.path, self.best_path)
         self._due = self._best_due = False

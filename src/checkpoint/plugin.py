@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from src.checkpoint.find import read_checkpoint
-from src.checkpoint.sealed import write_atomically
+from src.checkpoint.sealed import write_sealed
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -24,7 +24,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         started, path = time.perf_counter(), Path(path)
-        write_atomically(checkpoint, path, previous=path.with_name("previous.ckpt") if path.stem == "last" else None)
+        write_sealed(checkpoint, path, previous=path.with_name("previous.ckpt") if path.stem == "last" else None)
         self.seconds += time.perf_counter() - started
 
     def load_checkpoint(

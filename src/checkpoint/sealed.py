@@ -19,7 +19,7 @@ from src.files import link, replacing
 log = logging.getLogger(__name__)
 
 
-def write_atomically(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+def write_sealed(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """``torch.save`` with a SHA-256 that, if interrupted at any moment, leaves the old file or the whole new one at
     ``path``. The old file gets the name ``previous``.
 
@@ -64,7 +64,7 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 
 def read_sealed(path: Path, key: str, unsealed: bool = False) -> Any:
-    """Verify the SHA-256 of ``path`` and return what :func:`write_atomically` wrote there. Its tensors are mapped from
+    """Verify the SHA-256 of ``path`` and return what :func:`write_sealed` wrote there. Its tensors are mapped from
     the file.
 
     ``key`` is the override that named the file, for the messages. With ``unsealed``, a checkpoint without a SHA-256, as

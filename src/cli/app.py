@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.checkpoint.interruption import Interrupted, Interruption
 from src.cli.help import help_text
-from src.cli.overrides import CONF, Check, compose, find_problems, not_composed
+from src.cli.overrides import CONF, Check, compose, composition_error, find_problems
 from src.cli.streams import lasting_output
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _print_help(config_name: str, overrides: list[str]) -> None:
     try:
         cfg = compose(config_name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        fail([not_composed(error, config_name)])
+        fail([composition_error(error, config_name)])
     choices = dict(reversed(cfg.hydra.runtime.choices.items()))  # in the order of the defaults list
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
@@ -121,10 +121,10 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig, failed: list[str]) 
         return task(cfg)
     except Exception as error:
         raised = error.__cause__ if isinstance(error, InstantiationException) else None
-        if raised is not None and _is_users(raised):  # what a constructor thought of its arguments
+        if raised is not None and _is_user_error(raised):  # what a constructor thought of its arguments
             error = raised
         told = getattr(error, "told", False)  # by another process of this run
-        if told or _is_users(error) or isinstance(error, InstantiationException):
+        if told or _is_user_error(error) or isinstance(error, InstantiationException):
             lines = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception", "").splitlines()
             for line in [] if told else filter(None, lines):
                 log.error("error: %s", line)
@@ -137,7 +137,7 @@ def _run(task: Callable[[DictConfig], Any], cfg: DictConfig, failed: list[str]) 
     return float("inf")  # the objective of a failed job; the others run on
 
 
-def _is_users(error: BaseException) -> bool:
+def _is_user_error(error: BaseException) -> bool:
     names = {base.__name__ for base in type(error).__mro__}
     return bool(names & {"ValueError", "OSError", "MisconfigurationException"})  # the last is Lightning's
 

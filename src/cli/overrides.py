@@ -55,7 +55,7 @@ def find_problems(config_name: str, argv: list[str], check: Check) -> list[str]:
         cfg = compose(config_name, _first_choices(parsed), return_hydra_config=True)
         folder = os.path.abspath(cfg.hydra.sweep.dir if sweeping else cfg.hydra.run.dir)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return _unknown_keys(config_name, parsed) or [not_composed(error, config_name)]
+        return _unknown_keys(config_name, parsed) or [composition_error(error, config_name)]
     if "${" in folder:  # Hydra copies it into its config as it is
         cure = "cd <another folder>" if "${" in os.getcwd() else "another name"
         return [f"the folder {folder} has ${{ in its name, which reads as an interpolation; use {cure}"]
@@ -72,7 +72,7 @@ def find_problems(config_name: str, argv: list[str], check: Check) -> list[str]:
     return []
 
 
-def not_composed(error: Exception, config_name: str) -> str:
+def composition_error(error: Exception, config_name: str) -> str:
     return f"{' '.join(str(error).splitlines()[0].split())} See python -m src.{config_name} --help"
 
 

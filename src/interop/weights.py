@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.find import newest_good_checkpoint
-from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_atomically
+from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_sealed
 from src.interop.book import is_book, read_book
 from src.interop.hub import fetch
 from src.interop.huggingface import read_huggingface
@@ -85,7 +85,7 @@ def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 def save_weights(net: GPT, path: str | Path) -> None:
     """Write the weights of ``net`` and its config, without an optimizer: plain containers and tensors."""
-    write_atomically({"config": net.config.model_dump(mode="json"), "state_dict": net.state_dict()}, Path(path))
+    write_sealed({"config": net.config.model_dump(mode="json"), "state_dict": net.state_dict()}, Path(path))
 
 
 def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The one place where kernels replace plain operations.
+"""Swaps the layers of a model for faster ones.
 
 The model does not know them: a layer gets another class and keeps its parameters, their names and its hooks.
 """
@@ -23,8 +23,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 def use_fast_kernels(net: GPT, device: str = "cpu") -> None:
     """Replace the plain operations of ``net`` by those that are faster on ``device``, in place.
 
-    Layers of other classes than those in ``FAST``, subclasses included, stay as they are. On a CPU the process also
-    keeps the memory that it frees; see :func:`~src.kernels.memory.keep_freed_memory`.
+    Only layers whose class is exactly a key of ``FAST`` are replaced; subclasses stay as they are. On a CPU the process
+    also keeps the memory that it frees; see :func:`~src.kernels.memory.keep_freed_memory`.
     """
     for module in net.modules():
         module.__class__ = FAST.get(type(module), type(module))
@@ -32,13 +32,14 @@ def use_fast_kernels(net: GPT, device: str = "cpu") -> None:
         keep_freed_memory()
 
 
-def has_fast_kernels(net: GPT) -> bool:
-    """Whether :func:`~src.kernels.loss.fused_loss` computes the loss of ``net``, whose logits must be GPT's own."""
+def can_fuse_loss(net: GPT) -> bool:
+    """Whether :func:`~src.kernels.loss.fused_loss` can stand in for ``net.forward`` and cross-entropy: ``forward`` is
+    GPT's own and the head is a :class:`FastLinear` without bias."""
     return type(net).forward is GPT.forward and isinstance(net.head, FastLinear) and net.head.bias is None
 
 
 def pack_for_decoding(net: GPT) -> None:
-    """Put the weights of ``net`` in the order in which a CPU reads them fastest, in place; it can then only decode.
+    """Put the weights of ``net`` in the order that a CPU reads fastest, in place. It can then only generate, not train.
 
     In float32 that order gains nothing, and the weights stay as they are.
     """

@@ -6,7 +6,6 @@ import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
@@ -18,9 +17,6 @@ from src.runs.start import Start
 from src.training.config import TrainConfig
 from src.training.module import PretrainingModule
 from src.training.optim import batches_per_epoch, planned_steps
-
-if TYPE_CHECKING:
-    pass
 
 BYTES_PER_PARAMETER = 3 * 4  # of a checkpoint: the weight and two moments, in float32
 

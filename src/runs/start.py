@@ -51,12 +51,12 @@ class Start:
         return tuple(sorted({window // batch_windows for window in windows} | set(self.config.skip_batches)))
 
     def check(self, data: TextDataModule, batches: int, steps: float, finished: bool) -> None:
-        """Whether ``data`` is that of the checkpoint, in epochs of as many windows (``batches`` batches), and whether
-        the run of ``steps`` steps has something left to do. ``finished``: the checkpoint is that of a completed run, or
-        of another one.
+        """Refuse data other than that of the checkpoint, epochs of another number of windows (``batches`` batches), and
+        a run of ``steps`` steps with nothing left to do, unless it only has to end: ``finished`` says that the
+        checkpoint belongs to a completed run or to another run.
 
         Raises:
-            ValueError: one of these is not so.
+            ValueError: for any of these.
         """
         if self.path is None:
             return
@@ -81,7 +81,7 @@ class Start:
                 f"use trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
 
-    def load(self, module: PretrainingModule) -> None:
+    def load_weights(self, module: PretrainingModule) -> None:
         """Give ``module`` the weights that the run starts from; a checkpoint is restored by the Trainer."""
         if self.weights is not None:
             module.net.load_state_dict(self.weights)
@@ -91,7 +91,7 @@ class Start:
         if self.path and self.path.parent == folder / "checkpoints" and processes.rank() == 0:
             make_last(self.path)
 
-    def length(self, steps: float) -> float:
+    def schedule_steps(self, steps: float) -> float:
         """The optimizer steps over which the learning rate's curve is laid out, in a run of ``steps`` steps.
 
         Raises:

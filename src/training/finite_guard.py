@@ -43,8 +43,8 @@ class FiniteGuard(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        if pl_module.batches_seen not in pl_module.skip_batches:
-            self._inputs.append((pl_module.batches_seen, batch[0]))
+        if pl_module.batch_index not in pl_module.skip_batches:
+            self._inputs.append((pl_module.batch_index, batch[0]))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)

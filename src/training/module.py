@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from src.kernels.install import has_fast_kernels
+from src.kernels.install import can_fuse_loss
 from src.kernels.loss import fused_loss
 from src.model.architectures import build_model
 from src.model.config import GPTConfig
 from src.training.finite_guard import FiniteGuard
-from src.training.optim import apply_rates, build_optimizer, learning_rate_at
+from src.training.optim import apply_settings, build_optimizer, learning_rate_at
 from src.training.sections import OptimizerConfig, ScheduleConfig
 from src.training.sharded import shard
 
@@ -71,7 +71,7 @@ class PretrainingModule(LightningModule):
 
     def loss(self, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats, the mean or sum over ``targets`` ``(B, T)``, of the predictions from ``inputs``."""
-        if has_fast_kernels(self.net):
+        if can_fuse_loss(self.net):
             return fused_loss(self.net, inputs, targets, reduction)
         logits = self.net(inputs)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
@@ -80,12 +80,12 @@ class PretrainingModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, micro-batch, rank): whatever else draws random numbers cannot change it.
-        position = [self.seed, self.batches_seen, self.global_rank]
+        position = [self.seed, self.batch_index, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch  # each (B, T)
-        if self.batches_seen in self.skip_batches:
+        if self.batch_index in self.skip_batches:
             return 0 * self.net(torch.zeros_like(inputs)).sum()  # every rank of a sharded model needs a backward pass
         loss = self.loss(inputs, targets)
         self.step_losses.append(loss.detach())
@@ -163,19 +163,19 @@ class PretrainingModule(LightningModule):
     def on_train_start(self) -> None:
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR)
-        apply_rates(self.trainer.optimizers[0], scheduler, build_optimizer(self.net, self.optimizer_config))
+        apply_settings(self.trainer.optimizers[0], scheduler, build_optimizer(self.net, self.optimizer_config))
 
     # Position
 
     @property
-    def batches_seen(self) -> int:
-        """The current micro-batch, counted from the run's first."""
+    def batch_index(self) -> int:
+        """Index of the current micro-batch, counted from 0 over the whole run."""
         return self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     @property
     def epochs_seen(self) -> float:
         """Epochs trained so far, fractions included; 0 before the first batch."""
-        batches = self.batches_seen + 1
+        batches = self.batch_index + 1
         return batches / self.trainer.num_training_batches if batches else 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

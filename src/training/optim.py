@@ -65,14 +65,13 @@ def parameter_groups(net: GPT, config: OptimizerConfig, blocks: nn.Module | None
     return [group for group in groups if group["params"]]
 
 
-def apply_rates(optimizer: Optimizer, scheduler: LambdaLR, fresh: Optimizer) -> None:
-    """Give a restored ``optimizer`` and its ``scheduler`` the numbers of the ``fresh`` one: restored state brings those
-    of the run that wrote it."""
+def apply_settings(optimizer: Optimizer, scheduler: LambdaLR, fresh: Optimizer) -> None:
+    """Set a restored ``optimizer`` and its ``scheduler`` to the learning rate, betas and decay of this run's config, as
+    in the ``fresh`` one; the checkpoint brought its own."""
     scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
     for group, new, factor in zip(optimizer.param_groups, fresh.param_groups, scheduler.lr_lambdas, strict=True):
-        group |= {
-            key: value for key, value in new.items() if key not in ("params", "fused")
-        }  # fused: as its state lies
+        kept = ("params", "fused")  # fused must match the restored state
+        group |= {key: value for key, value in new.items() if key not in kept}
         group |= {"initial_lr": new["lr"], "lr": new["lr"] * factor(scheduler.last_epoch)}
 
 
