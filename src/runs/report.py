@@ -76,6 +76,8 @@ def hyperparameters(
     """What a person compares between runs, by the names of the overrides: size, data, batch, learning rate, schedule
     and seed, and each other hyperparameter that was set or differs from the default."""
     values, defaults = dict(_flat(config.model_dump())), dict(_flat(default.model_dump()))
+    if values["data.context_length"] == values["model.context_length"]:  # nothing to compare
+        del values["data.context_length"]
     asked = {override.split("=")[0].lstrip("+") for override in record["overrides"]}
     others = [
         key
