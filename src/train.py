@@ -83,7 +83,6 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     from src.runs import report
     from src.runs.fit import build_data, check_disk, fit
     from src.runs.start import find_start
-    from src.training.optim import batches_per_epoch, planned_steps
     from src.training.trainer import build_module, build_trainer, continue_logs
 
     first = processes.rank() == 0
@@ -99,9 +98,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         watching, loggers = built(config.callbacks), built(config.logger, save_dir=str(folder))
         trainer = build_trainer(config, folder, interruption, watching, loggers, processes.world_size())
         seed_everything(config.seed, verbose=False)
-        data = build_data(config, trainer, start)
-        batches = batches_per_epoch(trainer, len(data.train_dataloader()))
-        steps = planned_steps(trainer, batches)
+        data, batches, steps = build_data(config, trainer, start)
         start.check(data, batches, steps, finished=record.completed_before or not config.resume)
         device = trainer.strategy.root_device.type
         module = build_module(config, device, start.schedule_steps(steps), start.skip_batches(data.batch_windows))

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.checkpoint.find import read_checkpoint
 from src.checkpoint.interruption import Interrupted
 from src.cli import overrides as cli
-from src.cli.quoting import as_meant, as_typed, command_line, command_to_resume, quoted
+from src.cli.quoting import as_meant, as_typed, command_line, quoted, resume_override
 from src.cli.resume import resumed_overrides
 from src.files import link
 from src.runs.record import read_record, signature
@@ -748,7 +748,7 @@ def test_any_name_passes_through_the_grammar_and_the_interpolations(name):
     override = OverridesParser.create().parse_override(f"hydra.run.dir={quoted(path)}")
     assert OmegaConf.create({"dir": override.value()}).dir == str(path)
     assert as_meant(as_typed(Path(name))) == str(Path(name))
-    assert shlex.split(command_to_resume(path))[-1] == f"resume={path}"
+    assert shlex.split(resume_override(path))[-1] == f"resume={path}"
 
 
 @pytest.mark.parametrize("name", ["a'b", "end\\", "'q', x=[1]"])
@@ -767,7 +767,7 @@ def test_folders_with_odd_names(command, tmp_path, monkeypatch, name):
     status, out, err = command("train", *tiny, "trainer.max_steps=2", f"hydra.run.dir={quoted(Path(name))}")
     assert (status, err) == (0, "")
     assert out.splitlines()[-1] == f"run folder: {place / name}"
-    *_, module, resume = shlex.split(command_to_resume(place / name))
+    *_, module, resume = shlex.split(f"python -m src.train {resume_override(place / name)}")
     assert module == "src.train"
     for asked, steps in (resume, 3), (f"resume={as_typed(Path(name))}", 4):
         status, out, err = command("train", asked, f"trainer.max_steps={steps}")

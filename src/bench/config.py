@@ -25,11 +25,6 @@ class BenchmarkConfig(TrainConfig):
     source: str | None = None
     output: str | None = None
 
-    @property
-    def context_length(self) -> int:
-        """Tokens per training window."""
-        return self.data.context_length or self.model.context_length
-
     @model_validator(mode="after")
     def _can_be_measured(self) -> "BenchmarkConfig":
         found = [

@@ -42,11 +42,6 @@ def command_line(overrides: list[str]) -> str:
     return shlex.join(["python", "-m", "src.train", *overrides])
 
 
-def command_to_resume(folder: Path) -> str:
-    """The command that resumes the run in ``folder``, quoted for a shell."""
-    return command_line([f"resume={as_typed(folder)}"])
-
-
 def resume_override(folder: Path) -> str:
     """The override that resumes the run in ``folder``, quoted for a shell."""
     return shlex.quote(f"resume={as_typed(folder)}")

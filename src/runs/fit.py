@@ -21,15 +21,14 @@ from src.training.optim import batches_per_epoch, planned_steps
 BYTES_PER_PARAMETER = 3 * 4  # of a checkpoint: the weight and two moments, in float32
 
 
-def build_data(config: TrainConfig, trainer: Trainer, start: Start) -> TextDataModule:
-    """The data module of the run, with its text read.
+def build_data(config: TrainConfig, trainer: Trainer, start: Start) -> tuple[TextDataModule, int, float]:
+    """The data module of the run, with its text read, the batches of an epoch and the optimizer steps of the run.
 
     Raises:
         ValueError: a text that cannot be read, is too short, or leaves no step; a schedule that does not fit the run.
     """
-    context_length = config.data.context_length or config.model.context_length
     data = TextDataModule(
-        **{**dict(config.data), "context_length": context_length, "seed": config.seed},
+        **{**dict(config.data), "context_length": config.context_length, "seed": config.seed},
         eval_batches=config.eval.batches,
         accumulate=trainer.accumulate_grad_batches,
         rank=trainer.global_rank,
@@ -37,7 +36,8 @@ def build_data(config: TrainConfig, trainer: Trainer, start: Start) -> TextDataM
     )
     data.prepare_data()
     data.setup()
-    steps = planned_steps(trainer, batches_per_epoch(trainer, len(data.train_dataloader())))
+    batches = batches_per_epoch(trainer, len(data.train_dataloader()))
+    steps = planned_steps(trainer, batches)
     if not steps:
         limits = {key: getattr(config.trainer, key) for key in ("limit_train_batches", "overfit_batches")}
         asked = " and ".join(f"trainer.{key}={value}" for key, value in limits.items())
@@ -48,11 +48,11 @@ def build_data(config: TrainConfig, trainer: Trainer, start: Start) -> TextDataM
         problem := config.schedule.problem_of_length(steps, f"the run's {steps} optimizer steps")
     ):
         raise ValueError(f"{problem} or a larger trainer.max_epochs")
-    tokens = config.eval.resolved_max_tokens(steps * data.step_windows * context_length)
+    tokens = config.eval.resolved_max_tokens(steps * data.step_windows * config.context_length)
     if config.eval.max_tokens is None:  # a resumed run scores the same windows as before, however long it is now
         tokens = start.checkpoint.get("run", {}).get("eval_tokens", tokens)
     data.limit_evaluation(tokens)
-    return data
+    return data, batches, steps
 
 
 def check_disk(trainer: Trainer, module: PretrainingModule, folder: Path) -> None:

@@ -30,7 +30,7 @@ def print_start_card(
     config: TrainConfig, record: dict[str, Any], trainer: Trainer, data: TextDataModule, steps: float
 ) -> None:
     windows = data.step_windows
-    length = config.data.context_length or config.model.context_length
+    length = config.context_length
     about = data.summary()
     interval = config.eval.resolved_every_steps(steps, data.steps_per_epoch)
     evaluation = about.pop("evaluation")
@@ -88,7 +88,7 @@ def hyperparameters(
         **{key: values[key] for key in (*COMPARED, *others)},
         "data.path": config.data.path or Path(config.data.url or "story").name,
         "parameters": record["parameters"],
-        "tokens_per_step": step_windows * (config.data.context_length or config.model.context_length),
+        "tokens_per_step": step_windows * config.context_length,
     }
 
 

@@ -209,7 +209,7 @@ def _values(config: TrainConfig) -> dict[str, Any]:
     """The values of ``config`` that a continued run cannot change, by the names of the overrides; the text and the
     tokenizer are compared once they are read."""
     data, trainer = config.data, config.trainer
-    length = data.context_length or config.model.context_length
+    length = config.context_length
     return {
         "seed": config.seed,
         "data.context_length": length,
