@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import importlib.metadata
 import json
 import math
 import os
@@ -14,8 +13,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from src.checkpoint.interruption import Interrupted
 from src.files import read_json, remove_folder, write_json
@@ -64,6 +61,8 @@ class RunRecord:
         self.path = folder / "run.json"
         self.trained = False  # an optimizer step was made
         resumed = bool(config.resume)
+        from filelock import FileLock  # it imports asyncio, and a wrong command line is answered without
+
         self._writes, self._resumed, self._in_sweep = writes, resumed, in_sweep
         self._lock = FileLock(folder / ".lock")
         self._began = time.perf_counter()
@@ -102,6 +101,8 @@ class RunRecord:
             self._lock.release()
 
     def _claim(self, folder: Path) -> None:
+        from filelock import Timeout
+
         folder.mkdir(parents=True, exist_ok=True)
         try:  # the data workers of a run that was killed hold its folder for some seconds more
             self._lock.acquire(timeout=LINGERING if self._resumed else 0)
@@ -193,6 +194,8 @@ def signature(overrides: list[str]) -> str | None:
 
 
 def versions() -> dict[str, str]:
+    import importlib.metadata
+
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
