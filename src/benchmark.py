@@ -38,9 +38,12 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
             find_sources(PrepareConfig(source=config.source).paths)
         except ValueError as error:
             found += str(error).splitlines()
+    if config.tokenizer.size is None and not config.model.vocab_size:
+        found.append(f"tokenizer={config.tokenizer.name} has no size without a text; use model.vocab_size=<its tokens>")
     if found:
         raise ValueError("\n".join(found))
-    return config
+    size = config.tokenizer.size or config.model.vocab_size
+    return config.changed(model=config.model.changed(vocab_size=config.model.vocab_size or size))
 
 
 def benchmark(cfg: DictConfig) -> dict[str, Any]:

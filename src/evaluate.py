@@ -70,9 +70,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src.evaluation.report import write_report
     from src.evaluation.windows import choose_windows, windows_of_run
     from src.generation.text import check_vocabulary
-    from src.interop.weights import build, read_weights_and_run
+    from src.interop.weights import build, read_model
     from src.kernels.install import use_fast_kernels
-    from src.tokenizer import gpt2_tokenizer, token_byte_counts
+    from src.tokenizer import token_byte_counts
 
     started = time.perf_counter()
     tasks = None
@@ -80,9 +80,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         from src.evaluation.tasks import load_tasks
 
         tasks = load_tasks(config.tasks, config.tasks_path)
-    tokenizer = gpt2_tokenizer()
+    model, weights, tokenizer, run = read_model(config.weights)
     tokens, train, sha256 = _read_text(config.data, config.split, tokenizer)
-    model, weights, run = read_weights_and_run(config.weights)
     precision = choose_precision(config.precision, run)
     device = pick_accelerator(config.device, "device")
     dtype, autocast = in_precision(precision, device)
@@ -101,6 +100,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "weights": config.weights,
         "text": config.data.source,
         "split": config.split,
+        "tokenizer": tokenizer.name,
         "scored": windows.description,
         "tokens": found.tokens,
         "loss": found.loss,
@@ -139,8 +139,8 @@ def _read_text(data: DataConfig, split: str, tokenizer: tiktoken.Encoding) -> tu
     """The tokens to score, those that the unigram baseline is fitted on, and the hash of the text."""
     from src.data.tokens import read_split
 
-    train, val, sha256 = read_split(data, tokenizer, 1.0 if split == "all" else data.train_ratio)
-    return (val if split == "val" else train), train, sha256
+    found = read_split(data, tokenizer, 1.0 if split == "all" else data.train_ratio)
+    return (found.val if split == "val" else found.train), found.train, found.sha256
 
 
 def _run(cfg: DictConfig) -> float:

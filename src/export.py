@@ -19,6 +19,7 @@ from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
 from src.runs.record import read_record
 
 if TYPE_CHECKING:
+    import tiktoken
     from torch import Tensor
 
     from src.model.config import GPTConfig
@@ -61,11 +62,11 @@ def export(cfg: DictConfig) -> float:
     from safetensors import SafetensorError
 
     from src.interop.model_card import model_card
-    from src.interop.weights import build, load_weights, read_weights_and_run
+    from src.interop.weights import build, load_weights, read_model
 
     output = Path(os.path.expanduser(asked.output))
-    config, weights, run = read_weights_and_run(asked.weights)
-    config, weights = _unpadded(config, weights)
+    config, weights, tokenizer, run = read_model(asked.weights)
+    config, weights = _unpadded(config, weights, tokenizer.n_vocab)
     aside = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def export(cfg: DictConfig) -> float:
         part.mkdir()
         folder = run_folder(asked.weights)
         card = model_card(config, run, read_record(folder) if folder else {}, output.name)
-        _write(part, asked.format, config, weights, card)
+        _write(part, asked.format, config, weights, tokenizer, card)
         for file in part.iterdir():
             file.chmod(part.stat().st_mode & 0o666)  # the user's umask: safetensors writes for the owner only
         net = build(config, weights).eval()
@@ -97,11 +98,8 @@ def export(cfg: DictConfig) -> float:
     return difference
 
 
-def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The model without the rows of a padded vocabulary, for which the tokenizer has no tokens."""
-    from src.tokenizer import gpt2_tokenizer
-
-    n_vocab = gpt2_tokenizer().n_vocab
+def _unpadded(config: GPTConfig, weights: dict[str, Tensor], n_vocab: int) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The model without the rows of a padded vocabulary, for which the tokenizer has none of its ``n_vocab`` tokens."""
     if config.vocab_size <= n_vocab:
         return config, weights
     log.info("leaving out %d padded rows of the vocabulary", config.vocab_size - n_vocab)
@@ -109,11 +107,18 @@ def _unpadded(config: GPTConfig, weights: dict[str, Tensor]) -> tuple[GPTConfig,
     return config.changed(vocab_size=n_vocab), {**weights, **cut}
 
 
-def _write(folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor], card: str) -> None:
+def _write(
+    folder: Path,
+    kind: str,
+    config: GPTConfig,
+    weights: dict[str, Tensor],
+    tokenizer: tiktoken.Encoding,
+    card: str,
+) -> None:
     if kind == "weights":
         from src.interop.weights import build, save_weights
 
-        save_weights(build(config, weights), folder / WEIGHTS_FILE)
+        save_weights(build(config, weights), folder / WEIGHTS_FILE, tokenizer)
     elif kind == "book":
         from src.interop.book import write_book
 
@@ -121,9 +126,7 @@ def _write(folder: Path, kind: str, config: GPTConfig, weights: dict[str, Tensor
     else:
         from src.interop.huggingface import write_huggingface
         from src.interop.tokenizer_files import write_tokenizer
-        from src.tokenizer import gpt2_tokenizer
 
-        tokenizer = gpt2_tokenizer()
         fits = config.vocab_size >= tokenizer.n_vocab
         write_huggingface(folder, config, weights, tokenizer.eot_token if fits else None)
         if fits:

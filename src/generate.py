@@ -17,6 +17,8 @@ from src.generation.prompts import read_prompt, read_stdin
 from src.interop.locate import problems_of_weights
 
 if TYPE_CHECKING:
+    import tiktoken
+
     from src.model.gpt import GPT
 
 RAW = ("prompt", "prompt_file", "stop")  # taken literally: Hydra's grammar rejects some texts
@@ -59,24 +61,24 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
 
     from src.device import is_out_of_memory, pick_accelerator
     from src.generation.text import check_vocabulary
-    from src.interop.weights import load_weights
+    from src.interop.weights import build, read_model
     from src.kernels.install import pack_for_decoding
-    from src.tokenizer import gpt2_tokenizer
 
     prompts = [read_stdin() if text == "-" else text for text in config.prompt or ()]
     prompts += [read_prompt(file) for file in config.prompt_file or ()]
     dtype = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
-    net = load_weights(config.weights, pick_accelerator(config.device, "device"), dtype=dtype)
+    model = read_model(config.weights)
+    net = build(model.config, model.weights).to(pick_accelerator(config.device, "device"), dtype).eval()
     pack_for_decoding(net)
-    check_vocabulary(net, gpt2_tokenizer())
+    check_vocabulary(net, model.tokenizer)
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  # a text file
     try:
         if prompts:
-            _continue(net, prompts, config)
+            _continue(net, model.tokenizer, prompts, config)
         else:
-            _converse(net, config)
+            _converse(net, model.tokenizer, config)
     except BrokenPipeError:  # the reader of our texts has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
@@ -87,7 +89,9 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
         raise ValueError(f"out of memory; use {less}") from error
 
 
-def _continue(net: GPT, prompts: list[str], config: GenerateConfig, first: int = 0) -> None:
+def _continue(
+    net: GPT, tokenizer: tiktoken.Encoding, prompts: list[str], config: GenerateConfig, first: int = 0
+) -> None:
     """Write what follows each of ``prompts``: a single text while it is generated, several ones in their order."""
     from src.generation.inspection import Inspection
     from src.generation.text import continue_texts
@@ -106,6 +110,7 @@ def _continue(net: GPT, prompts: list[str], config: GenerateConfig, first: int =
             prompts,
             config,
             config.stop or (),
+            tokenizer=tokenizer,
             special_tokens=config.special_tokens,
             on_text=stream if streamed else None,
             on_step=Inspection() if config.inspect else None,
@@ -124,7 +129,7 @@ def _continue(net: GPT, prompts: list[str], config: GenerateConfig, first: int =
             _write((prompt if config.echo else "") + continuation.text + "\n")
 
 
-def _converse(net: GPT, config: GenerateConfig) -> None:
+def _converse(net: GPT, tokenizer: tiktoken.Encoding, config: GenerateConfig) -> None:
     """A prompt per line until the end of the input; each draws as the prompt of its number on a command line would."""
     print("a text to continue, or Ctrl-D", file=sys.stderr)
     for turn in range(sys.maxsize):
@@ -133,7 +138,7 @@ def _converse(net: GPT, config: GenerateConfig) -> None:
         if not line:
             print(file=sys.stderr)
             return
-        _continue(net, [line.removesuffix("\n")], config, first=turn)
+        _continue(net, tokenizer, [line.removesuffix("\n")], config, first=turn)
 
 
 def _write(text: str) -> None:

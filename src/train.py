@@ -94,13 +94,14 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         RunRecord(folder, config, command, overrides, writes=first, in_sweep=ranks.sweeping()) as record,
     ):
         start = find_start(config, folder)
-        config = start.config
         watching, loggers = built(config.callbacks), built(config.logger, save_dir=str(folder))
-        trainer = build_trainer(config, folder, interruption, watching, loggers, processes.world_size())
+        trainer = build_trainer(start.config, folder, interruption, watching, loggers, processes.world_size())
         seed_everything(config.seed, verbose=False)
-        data, batches, steps = build_data(config, trainer, start)
+        data, batches, steps = build_data(start, trainer)
         start.check(data, batches, steps, finished=record.completed_before or not config.resume)
         device = trainer.strategy.root_device.type
+        start = start.with_vocabulary(data, device)
+        config = start.config
         module = build_module(config, device, start.schedule_steps(steps), start.skip_batches(data.batch_windows))
         start.load_weights(module)
         check_disk(trainer, module, folder)

@@ -23,11 +23,11 @@ from src.interop.bundle import MAGIC, read_bundle
 from src.interop.huggingface import write_huggingface
 from src.interop.locate import HUB, locate
 from src.interop.names import CONV1D, from_ours, shapes, their_names
-from src.interop.tokenizer_files import merges_of
 from src.interop.weights import build, load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
-from src.tokenizer import gpt2_tokenizer
+from src.tokenizer.encoding import gpt2_tokenizer, token_ranks
+from src.tokenizer.table import merges_of
 
 
 def sized(vocab_size, context_length, emb_dim, n_heads, n_layers, **others) -> GPTConfig:
@@ -376,7 +376,7 @@ def test_a_name_without_a_network(tmp_path):
 
 
 def test_merges_rebuild_every_token():
-    ranks = gpt2_tokenizer()._mergeable_ranks
+    ranks = token_ranks(gpt2_tokenizer())
     merges = merges_of(ranks)
     assert len(merges) == 50000
     assert [left + right for left, right in merges] == sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__)

@@ -15,7 +15,6 @@ SRC = Path(__file__).parents[1] / "src"
 PRIVATE = {
     "_linear_pointwise": (lambda: torch.ops.mkldnn, "oneDNN's product with packed weights has no public operator"),
     "_reorder_linear_weight": (lambda: torch.ops.mkldnn, "packs the weights for _linear_pointwise"),
-    "_mergeable_ranks": (gpt2_tokenizer, "the merges of a tokenizer, which tokenizer.json lists"),
     "_pat_str": (gpt2_tokenizer, "the pattern that splits a text before the merges"),
     "_signal_connector": (
         lambda: Trainer(logger=False, barebones=True),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import tokenizer
-from src.tokenizer import (
+from src.tokenizer import encoding
+from src.tokenizer.encoding import (
     END_OF_TEXT,
     RANK_TABLE,
     encode,
@@ -124,7 +124,7 @@ def test_white_space_beyond_the_stack_of_the_regex(space):
 
 def test_only_so_much_is_held_for_want_of_a_word_boundary(monkeypatch):
     """Whether a text is refused does not depend on the pieces that it comes in."""
-    monkeypatch.setattr(tokenizer, "LONGEST", 10)
+    monkeypatch.setattr(encoding, "LONGEST", 10)
     for word, fits in (" xxxxxxxxx", True), (" xxxxxxxxxx", False), (" \n\n  xxxxx", True), (" \n\n  xxxxxx", False):
         text = f"a b{word} c"
         for size in 1, 2, 3, 7, 10:

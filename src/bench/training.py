@@ -39,7 +39,10 @@ def work(connection: Connection, config: BenchmarkConfig, built: Callable[..., l
 
 def data_of(config: BenchmarkConfig) -> TextDataModule:
     """The data module of ``config``, with its text read."""
-    data = TextDataModule(**{**dict(config.data), "context_length": config.context_length, "seed": config.seed})
+    data = TextDataModule(
+        tokenizer=config.tokenizer,
+        **{**dict(config.data), "context_length": config.context_length, "seed": config.seed},
+    )
     data.prepare_data()
     data.setup()
     return data

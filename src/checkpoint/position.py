@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from src.tokenizer.table import to_json
+
 
 class RunPosition(Callback):
     """Writes where a run stands into its checkpoints, with what they are of, and restores it exactly."""
@@ -87,7 +89,7 @@ def own_data(trainer: Any) -> Any | None:
 
 def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, metrics: dict[str, float]) -> None:
     """Add to ``checkpoint`` a description of the run: its step, tokens and ``metrics``, its text and how that was
-    split, the windows that every evaluation scores, and the values that a resumed run must not change."""
+    split, its tokenizer, the windows that every evaluation scores, and what a resumed run must not change."""
     checkpoint["run"] = {
         "step": trainer.global_step,
         "tokens_seen": tokens_seen,
@@ -103,6 +105,7 @@ def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, me
         "eval_tokens": data.eval_tokens,
         "eval_windows": scored,
     }
+    checkpoint["tokenizer"] = to_json(data.tokenizer)  # None: GPT-2's
     checkpoint["fixed_values"] = {
         **data.fixed_values(),
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,

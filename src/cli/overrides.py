@@ -18,13 +18,8 @@ from src.config import nearest
 from src.training.config import TrainerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
-CHOICES_WITH_KEYS = (
-    "optimizer",
-    "schedule",
-    "data",
-    "callbacks",
-    "logger",
-)  # groups whose choices differ in their keys
+# groups whose choices differ in their keys
+CHOICES_WITH_KEYS = ("optimizer", "schedule", "data", "tokenizer", "callbacks", "logger")
 
 Check = Callable[[DictConfig], Any]
 

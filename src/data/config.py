@@ -7,6 +7,34 @@ from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
 
+SIZES = {"gpt2": 50257, "byte": 257, "cl100k_base": 100277, "o200k_base": 200019}
+
+
+class TokenizerConfig(Config):
+    """``gpt2`` (packaged); ``byte``: one token per byte; ``char``: one per character of the training text; ``bpe``:
+    byte-level byte-pair encoding of ``vocab_size`` tokens, trained on the training text; ``cl100k_base`` and
+    ``o200k_base``, which tiktoken downloads and caches; ``file``: the one at ``path``, a ``.tiktoken`` table (with
+    GPT-2's pattern) or a ``tokenizer.json`` of Hugging Face."""
+
+    section: ClassVar[str] = "tokenizer"
+
+    name: Literal["gpt2", "byte", "char", "bpe", "cl100k_base", "o200k_base", "file"] = "gpt2"
+    vocab_size: int | None = Field(default=None, ge=257, le=1_000_000, examples=[4096])
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> "TokenizerConfig":
+        if self.name == "bpe" and self.vocab_size is None:
+            raise ValueError("tokenizer=bpe has no size; use tokenizer.vocab_size=4096")
+        if self.name == "file" and not self.path:
+            raise ValueError("tokenizer=file names none; use tokenizer.path=<a tokenizer.json or a .tiktoken table>")
+        return self
+
+    @property
+    def size(self) -> int | None:
+        """The number of its tokens, as far as that is known before the text is read."""
+        return self.vocab_size if self.name == "bpe" else SIZES.get(self.name)
+
 
 class DataConfig(Config):
     """Where the text comes from and how it is cut into windows. ``conf/data`` explains each key."""
@@ -52,12 +80,18 @@ class PrepareConfig(Config):
     shard_tokens: int = Field(default=100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
     val_tokens: int | None = Field(default=None, ge=0, lt=2**31)  # None: a tenth of all, at most shard_tokens
     special_tokens: Literal["parse", "text"] = "parse"
+    tokenizer: TokenizerConfig = TokenizerConfig()
     workers: int | None = Field(default=None, ge=1)  # None: one per core
 
     @model_validator(mode="after")
-    def _name_is_a_file_name(self) -> "PrepareConfig":
+    def _shards_can_have_the_name_and_tokens(self) -> "PrepareConfig":
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name={self.name} is not a file name; use name=my_text")
+        if self.tokenizer.name in ("char", "bpe"):
+            raise ValueError(
+                f"tokenizer={self.tokenizer.name} is made from a training text, which shards do not have yet; use "
+                f"tokenizer=file tokenizer.path=<the tokenizer.json of a run with it>, or tokenizer=gpt2"
+            )
         return self
 
     @property

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
-from src.data.config import DataConfig
+from src.data.config import DataConfig, TokenizerConfig
 from src.data.lengths import check_lengths
 from src.data.shard_check import ShardCheck
 from src.data.shards import ShardTokens
@@ -52,7 +52,7 @@ class TextDataModule(LightningDataModule):
         *,
         eval_tokens: int | None = None,
         eval_batches: int | None = None,
-        tokenizer: tiktoken.Encoding | None = None,
+        tokenizer: tiktoken.Encoding | TokenizerConfig | None = None,
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -62,7 +62,10 @@ class TextDataModule(LightningDataModule):
         self.config = DataConfig(**config)
         assert self.config.context_length is not None
         self.context_length = self.config.context_length
-        self.tokenizer = tokenizer or gpt2_tokenizer()
+        self.tokenizer: tiktoken.Encoding  # made by setup
+        self._tokenizer = tokenizer or gpt2_tokenizer()
+        if isinstance(self._tokenizer, tiktoken.Encoding):
+            self.tokenizer = self._tokenizer
         self.eval_tokens = eval_tokens
         self.eval_batches = eval_batches
         self.accumulate = accumulate
@@ -84,7 +87,9 @@ class TextDataModule(LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
         if self.corpus_sha256 is not None:
             return
-        train, val, self.corpus_sha256 = read_split(self.config, self.tokenizer, self.config.train_ratio)
+        train, val, self.corpus_sha256, self.tokenizer = read_split(
+            self.config, self._tokenizer, self.config.train_ratio
+        )
         check_lengths(self.config, len(train), len(val), self.accumulate, self.world_size)
         if self.config.format == "shards" and self.rank == 0:
             assert isinstance(train, ShardTokens) and isinstance(val, ShardTokens)
@@ -190,6 +195,7 @@ class TextDataModule(LightningDataModule):
             "train": f"{len(train):,} windows in {batches:,} batches, {len(train.tokens):,} tokens, "
             f"each seen {seen:.2f} times per epoch on average",
             "val": f"{len(self.val_windows):,} windows, {len(self.val_windows.tokens):,} tokens",
+            "tokenizer": f"{self.tokenizer.name}, {self.tokenizer.n_vocab:,} tokens",
             "evaluation": " and ".join(scored),
         }
 

@@ -15,7 +15,9 @@ from src.data.pipeline import CHUNK, START, Chunk, tokenise
 from src.data.progress import Progress
 from src.data.shard_writer import SAVE_EVERY, ShardWriter, new_manifest
 from src.data.shards import HEADER, MANIFEST, read_manifest
-from src.tokenizer import gpt2_tokenizer, separable
+from src.data.tokenizers import build_tokenizer
+from src.tokenizer import separable
+from src.tokenizer.table import FILE, to_json
 
 
 def prepare_shards(
@@ -36,8 +38,12 @@ def prepare_shards(
     Raises:
         ValueError: sources that cannot be read; a folder that holds something else, or is in use; a full disk.
     """
-    tokenizer = tokenizer or gpt2_tokenizer()
-    assert tokenizer.n_vocab <= 2**16, "a shard has 16 bits per token"
+    tokenizer = tokenizer or build_tokenizer(config.tokenizer)
+    if tokenizer.n_vocab > 2**16:
+        raise ValueError(
+            f"tokenizer={tokenizer.name} has {tokenizer.n_vocab:,} tokens, the 16 bits of a shard's tokens hold "
+            f"{2**16:,}; use tokenizer=gpt2"
+        )
     files, folder = find_sources(config.paths), Path(config.output).expanduser()
     new_folders = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -45,8 +51,9 @@ def prepare_shards(
         with locked(folder / ".lock"):
             shards = ShardWriter(folder, _manifest(config, files, folder, tokenizer), save_every)
             if not shards.manifest["complete"]:
-                chunks = _chunks(files, config.text_key, shards.end, chunk, advance)
-                _fill(shards, tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk), config, files)
+                chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer)
+                tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
+                _fill(shards, tokenised, config, files, tokenizer)
         return shards.manifest
     except Timeout:
         raise ValueError(f"output={folder} is in use by another process; use output=<a new folder>") from None
@@ -61,7 +68,13 @@ def prepare_shards(
                 place.rmdir()
 
 
-def _fill(shards: ShardWriter, tokenised: Iterable, config: PrepareConfig, files: list[Path]) -> None:
+def _fill(
+    shards: ShardWriter,
+    tokenised: Iterable,
+    config: PrepareConfig,
+    files: list[Path],
+    tokenizer: tiktoken.Encoding,
+) -> None:
     try:
         for chunk, tokens in tokenised:
             shards.add(chunk, tokens)
@@ -70,6 +83,8 @@ def _fill(shards: ShardWriter, tokenised: Iterable, config: PrepareConfig, files
         if problem := _too_little(config.val_tokens, **shards.counts):
             shards.discard()
             raise ValueError(problem)
+        if table := to_json(tokenizer):
+            (shards.folder / FILE).write_text(table, encoding="utf-8")
         shards.finish()
     except Exception:
         if shards.end == START:  # there is nothing to continue from
@@ -94,7 +109,12 @@ def _too_little(val_tokens: int | None, tokens: int, skipped: int, **_: int) -> 
 
 
 def _chunks(
-    files: list[Path], text_key: str, begin: tuple[int, int, int], size: int, advance: Progress
+    files: list[Path],
+    text_key: str,
+    begin: tuple[int, int, int],
+    size: int,
+    advance: Progress,
+    tokenizer: tiktoken.Encoding,
 ) -> Iterator[Chunk]:
     """The documents of ``files`` from the place ``begin`` on, in chunks of less than about ``size`` characters."""
     for file in files[: begin[0]]:
@@ -107,7 +127,7 @@ def _chunks(
                 continue
             at = begin[2] if (number, record) == begin[:2] else 0
             end_of_text: list[str | None] = [] if at else [None]
-            for piece in separable(_from(text, at, size), f"source: {file}"):
+            for piece in separable(_from(text, at, size), f"source: {file}", tokenizer):
                 at += len(piece)
                 yield Chunk([*end_of_text, piece], (number, record, at))
                 end_of_text = []

@@ -9,19 +9,23 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
-from src.data.config import DataConfig
+from src.data.config import DataConfig, TokenizerConfig
 from src.data.corpus import Corpus, read_corpus
 from src.data.download import user_cache
+from src.data.files import find_files
 from src.data.lock import locked
 from src.data.pipeline import Chunk, tokenise
 from src.data.progress import progress
 from src.data.shard_writer import ShardWriter, new_manifest
 from src.data.shards import ShardTokens, read_manifest, read_shards, sha256_of
-from src.tokenizer import fingerprint, separable
+from src.data.tokenizers import build_tokenizer, describes
+from src.tokenizer import fingerprint, gpt2_tokenizer, separable
+from src.tokenizer.table import FILE
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +35,53 @@ SHARD_TOKENS = 100_000_000
 Tokens = np.ndarray | ShardTokens
 
 
-def read_split(config: DataConfig, tokenizer: tiktoken.Encoding, train_ratio: float) -> tuple[Tokens, Tokens, str]:
-    """Training and validation tokens of the data that ``config`` names, and a hash of it. With a ``train_ratio`` of 1,
-    all tokens are for training.
+class Split(NamedTuple):
+    """Training and validation tokens, each ``(N,)``, a hash of the data, and the tokenizer they come from."""
+
+    train: Tokens
+    val: Tokens
+    sha256: str
+    tokenizer: tiktoken.Encoding
+
+
+def read_split(config: DataConfig, tokenizer: tiktoken.Encoding | TokenizerConfig, train_ratio: float) -> Split:
+    """The data that ``config`` names, split. With a ``train_ratio`` of 1, all tokens are for training. A tokenizer that
+    is made from the training text does not see the rest of it.
 
     Raises:
-        ValueError: text or shards that cannot be read; a cache that cannot be written to.
+        ValueError: text or shards that cannot be read; shards of another tokenizer; a cache that cannot be written to.
     """
     if config.format == "shards":
         assert config.path is not None
-        return read_shards(config.path, train_ratio, tokenizer)
+        tokenizer = _tokenizer_of_shards(config.path, tokenizer)
+        return Split(*read_shards(config.path, train_ratio, tokenizer), tokenizer)
     corpus = read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
-    return *split_tokens(corpus, train_ratio, tokenizer, config.special_tokens, config.cache_dir), corpus.sha256
+    if isinstance(tokenizer, TokenizerConfig):
+        training = (text for _, text in corpus.pieces(0, corpus.cut(train_ratio)))
+        tokenizer = build_tokenizer(tokenizer, training)
+    train, val = split_tokens(corpus, train_ratio, tokenizer, config.special_tokens, config.cache_dir)
+    return Split(train, val, corpus.sha256, tokenizer)
+
+
+def _tokenizer_of_shards(path: str, asked: tiktoken.Encoding | TokenizerConfig) -> tiktoken.Encoding:
+    """The tokenizer beside the shards at ``path``, GPT-2's where there is none. By default no other is ``asked`` for.
+
+    Raises:
+        ValueError: another one is.
+    """
+    tables = {file.with_name(FILE) for file in find_files(path, "data.path", (".bin",))}
+    found = [build_tokenizer(TokenizerConfig(name="file", path=str(table))) for table in tables if table.is_file()]
+    own = found[0] if found else gpt2_tokenizer()
+    if isinstance(asked, TokenizerConfig):
+        same, name = asked == TokenizerConfig() or describes(asked, own), asked.name
+    else:
+        same, name = asked.name == own.name, asked.name
+    if not same or any(one.name != own.name for one in found):
+        raise ValueError(
+            f"data.path={path} holds tokens of the tokenizer {own.name}, not of {name}; "
+            f"use data.path=<shards of {name}>"
+        )
+    return own
 
 
 def split_tokens(
@@ -90,16 +129,16 @@ def tokens_between(
 ) -> np.ndarray:
     """The tokens ``(N,)`` of the characters ``first`` to ``last``, the same as those of each document as a whole."""
     parts = [np.empty(0, dtype=np.uint16)]
-    for _, tokens in tokenise(_chunks(corpus, first, last), tokenizer, special_tokens):
+    for _, tokens in tokenise(_chunks(corpus, first, last, tokenizer), tokenizer, special_tokens):
         parts += tokens
     return np.concatenate(parts)
 
 
-def _chunks(corpus: Corpus, first: int, last: int) -> Iterator[Chunk]:
+def _chunks(corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding) -> Iterator[Chunk]:
     """The documents between two characters, with an end-of-text token before each but the first."""
     separator: list[str | None] = []
     for number, pieces in itertools.groupby(corpus.pieces(first, last), key=itemgetter(0)):
-        for piece in separable((text for _, text in pieces), f"data.path: {corpus.files[number]}"):
+        for piece in separable((text for _, text in pieces), f"data.path: {corpus.files[number]}", tokenizer):
             yield Chunk([*separator, piece])
             separator = []
         separator = [None]
@@ -129,7 +168,7 @@ def _write(
                 (part / role).mkdir(parents=True)
                 manifest = new_manifest(settings, tokenizer, [{"source": corpus.source, "sha256": corpus.sha256}])
                 with closing(ShardWriter(part / role, manifest, role=role)) as shards:
-                    for chunk, tokens in tokenise(_chunks(corpus, first, last), tokenizer, special_tokens):
+                    for chunk, tokens in tokenise(_chunks(corpus, first, last, tokenizer), tokenizer, special_tokens):
                         shards.add(chunk, tokens)
                         advance(chunk.characters)
                     shards.finish()

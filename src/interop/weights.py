@@ -2,8 +2,9 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from src.interop.names import empty_model, to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
+from src.tokenizer import gpt2_tokenizer
+from src.tokenizer.table import FILE, from_json, to_json
 
 log = logging.getLogger(__name__)
 
@@ -34,26 +37,33 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
         ValueError: it is missing, damaged, another model, or cannot be downloaded; one line that a terminal can show,
             whatever the file contains.
     """
-    return read_weights_and_run(weights, key)[:2]
+    return read_model(weights, key)[:2]
 
 
-def read_weights_and_run(
-    weights: str | Path, key: str = "weights"
-) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any]]:
-    """What :func:`read_weights` reads, and what a run's checkpoint records of its run: ``step``, ``tokens_seen``,
-    ``precision``, ``metrics``, ``data``, ``eval_windows``, ``data_sha256``. Other weights record nothing."""
+class Model(NamedTuple):
+    """A model's config and state dict, its tokenizer, and what a run's checkpoint records of its ``run``: ``step``,
+    ``tokens_seen``, ``precision``, ``metrics``, ``data``, ``eval_windows``, ``data_sha256``."""
+
+    config: GPTConfig
+    weights: dict[str, Tensor]
+    tokenizer: tiktoken.Encoding
+    run: dict[str, Any]
+
+
+def read_model(weights: str | Path, key: str = "weights") -> Model:
+    """What :func:`read_weights` reads, with the tokenizer: GPT-2's where the weights bring none."""
     kind, path = locate(str(weights), key)
     if kind == "hub":
         kind, path = "huggingface", fetch(path.name, key)
     try:
         if kind == "huggingface":
-            return *read_huggingface(path), {}
+            return Model(*read_huggingface(path), _tokenizer_beside(path), {})
         if kind == "openai":
-            return *read_openai(path), {}
+            return Model(*read_openai(path), gpt2_tokenizer(), {})
         if kind == "file" and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")):
-            return *read_huggingface(path.parent, path.name), {}
+            return Model(*read_huggingface(path.parent, path.name), _tokenizer_beside(path.parent), {})
         path, content = _checkpoint_of(path, key) if kind == "run" else (path, read_sealed(path, key, unsealed=True))
-        return *_model_in(content, path), _run_in(content)
+        return Model(*_model_in(content, path), tokenizer_in(content), _run_in(content))
     except ValueError as error:
         if str(error).startswith(f"{key}="):
             raise
@@ -83,9 +93,27 @@ def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     return net
 
 
-def save_weights(net: GPT, path: str | Path) -> None:
-    """Write the weights of ``net`` and its config, without an optimizer: plain containers and tensors."""
-    write_sealed({"config": net.config.model_dump(mode="json"), "state_dict": net.state_dict()}, Path(path))
+def save_weights(net: GPT, path: str | Path, tokenizer: tiktoken.Encoding | None = None) -> None:
+    """Write the weights of ``net``, its config and its ``tokenizer``, without an optimizer: plain containers and
+    tensors."""
+    table = tokenizer and to_json(tokenizer)
+    content = {"config": net.config.model_dump(mode="json"), "state_dict": net.state_dict(), "tokenizer": table}
+    write_sealed(content, Path(path))
+
+
+def tokenizer_in(checkpoint: Any) -> tiktoken.Encoding:
+    """The tokenizer that ``checkpoint`` holds, GPT-2's where it holds none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    table = checkpoint.get("tokenizer") if isinstance(checkpoint, dict) else None
+    return from_json(table) if table else gpt2_tokenizer()
+
+
+def _tokenizer_beside(folder: Path) -> tiktoken.Encoding:
+    file = folder / FILE
+    return from_json(file.read_bytes()) if file.is_file() else gpt2_tokenizer()
 
 
 def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The shape of a GPT-2-family model, as numbers."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from src.config import Config
 
@@ -10,6 +10,7 @@ from src.config import Config
 class GPTConfig(Config):
     """Sizes and switches of a :class:`~src.model.gpt.GPT`, named as in the book; defaults are GPT-2 small's.
 
+    ``vocab_size=None``, kept as 0, stands for the tokenizer's until that is known; no model can be built of it.
     ``tie_weights`` lets the output head share the token embedding, as in OpenAI's GPT-2. ``init`` is ``gpt2`` (normal,
     std 0.02, residual projections scaled by 1/sqrt(2 * n_layers); Radford et al. 2019, section 2.3) or ``torch``
     (PyTorch's own defaults, drawn in the book's order). ``architecture`` is a key of
@@ -21,7 +22,9 @@ class GPTConfig(Config):
 
     section: ClassVar[str] = "model"
 
-    vocab_size: int = Field(default=50257, ge=1, le=10_000_000)
+    vocab_size: Annotated[int, BeforeValidator(lambda size: 0 if size is None else size)] = Field(
+        default=50257, ge=0, le=10_000_000, examples=["null"]
+    )
     context_length: int = Field(default=256, ge=1, le=10_000_000)
     emb_dim: int = Field(default=768, ge=1, le=100_000)
     n_heads: int = Field(default=12, ge=1, le=100_000)

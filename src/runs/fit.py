@@ -21,13 +21,15 @@ from src.training.optim import batches_per_epoch, planned_steps
 BYTES_PER_PARAMETER = 3 * 4  # of a checkpoint: the weight and two moments, in float32
 
 
-def build_data(config: TrainConfig, trainer: Trainer, start: Start) -> tuple[TextDataModule, int, float]:
+def build_data(start: Start, trainer: Trainer) -> tuple[TextDataModule, int, float]:
     """The data module of the run, with its text read, the batches of an epoch and the optimizer steps of the run.
 
     Raises:
         ValueError: a text that cannot be read, is too short, or leaves no step; a schedule that does not fit the run.
     """
+    config = start.config
     data = TextDataModule(
+        tokenizer=start.tokenizer or config.tokenizer,
         **{**dict(config.data), "context_length": config.context_length, "seed": config.seed},
         eval_batches=config.eval.batches,
         accumulate=trainer.accumulate_grad_batches,

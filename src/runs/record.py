@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.interruption import Interrupted
-from src.files import read_json, remove_folder, write_json
+from src.files import read_json, remove_folder, replacing, write_json
 from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ KINDS = {  # of values that are read again
     ),
     "config": dict,
 }
-OUTPUTS = ("run.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
+OUTPUTS = ("run.json", "tokenizer.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
 
 
 class RunRecord:
@@ -134,8 +134,14 @@ class RunRecord:
             write_json(self.path, self.values)
 
     def describe(self, config: TrainConfig, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
-        """Record what trains on what; ``config`` may have the model of weights by now."""
+        """Record what trains on what; ``config`` may have the model of weights by now. A tokenizer other than GPT-2's is
+        kept beside the record."""
         from src.device import device_name
+        from src.tokenizer.table import FILE, to_json
+
+        if self._started and (table := to_json(data.tokenizer)):
+            with replacing(self.path.with_name(FILE)) as part:
+                part.write_text(table, encoding="utf-8")
 
         self.update(
             config=config.model_dump(mode="json"),

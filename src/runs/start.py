@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.find import good_checkpoint, make_last, newest_good_checkpoint, read_checkpoint
-from src.interop.weights import read_weights
+from src.data.config import TokenizerConfig
+from src.data.tokenizers import describes
+from src.interop.weights import read_model, tokenizer_in
 from src.model.config import GPTConfig
 from src.runs import processes
+from src.runs.record import read_record
 from src.training.config import FREE, TrainConfig
 from src.training.optim import learning_rate_at
 
 if TYPE_CHECKING:
+    import tiktoken
     from torch import Tensor
 
     from src.data.datamodule import TextDataModule
@@ -28,12 +32,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Start:
     """What a run starts from. ``config`` is the run's, with the model of its weights or checkpoint and with
-    ``tokens_per_step`` turned into accumulated batches; ``path`` is the checkpoint that is continued."""
+    ``tokens_per_step`` turned into accumulated batches; ``path`` is the checkpoint that is continued. None of ``path``,
+    ``weights`` and ``tokenizer`` is set from scratch."""
 
     config: TrainConfig
     path: Path | None = None
     checkpoint: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] | None = None
+    tokenizer: tiktoken.Encoding | None = None  # of the weights or the checkpoint
 
     @property
     def step(self) -> int:
@@ -61,13 +67,13 @@ class Start:
         if self.path is None:
             return
         before, now = self.checkpoint.get("fixed_values", {}), data.fixed_values()
-        for key, what in ("data_sha256", "text"), ("tokenizer", "tokenizer"):
-            if before.get(key, now[key]) != now[key]:
-                raise ValueError(
-                    f"data.path={data.config.source} has another {what} than {self.path} was trained on ({key} "
-                    f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for "
-                    f"a new run on this one"
-                )
+        key = "data_sha256"
+        if before.get(key, now[key]) != now[key]:
+            raise ValueError(
+                f"data.path={data.config.source} has another text than {self.path} was trained on ({key} "
+                f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for "
+                f"a new run on this one"
+            )
         windows = batches * data.batch_windows
         if (expected := self.checkpoint.get("epoch_windows", windows)) != windows:
             batch = self.checkpoint["batch_windows"]
@@ -80,6 +86,11 @@ class Start:
                 f"{self.path} is at step {self.step} of {steps:,}, there is nothing left to do; "
                 f"use trainer.max_epochs=<more> or trainer.max_steps=<more>"
             )
+
+    def with_vocabulary(self, data: TextDataModule, device: str) -> Start:
+        """A start whose model has the tokenizer's number of tokens, on a GPU rounded up to a multiple of 64."""
+        config = self.config.with_vocabulary(data.tokenizer.n_vocab, 64 if device == "cuda" else 1)
+        return replace(self, config=config)
 
     def load_weights(self, module: PretrainingModule) -> None:
         """Give ``module`` the weights that the run starts from; a checkpoint is restored by the Trainer."""
@@ -125,9 +136,10 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     if found is None:
         if not config.weights:
             return Start(config.accumulated(world_size).with_window())
-        model, weights = read_weights(config.weights)
+        model, weights, tokenizer, _ = read_model(config.weights)
+        _check_tokenizer(config.tokenizer, tokenizer, config.weights)
         config = config.with_model_of(model, config.weights).accumulated(world_size).with_window()
-        return Start(config, weights=weights)
+        return Start(config, weights=weights, tokenizer=tokenizer)
     path, checkpoint = found
     if config.trainer.overfit_batches:
         raise ValueError(
@@ -135,13 +147,18 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
             f"use trainer.overfit_batches=0"
         )
     model = GPTConfig(**checkpoint["hyper_parameters"]["model"])
+    tokenizer = tokenizer_in(checkpoint)
+    before = read_record(folder).get("config", {}).get("tokenizer") if config.resume else None
+    _check_tokenizer(config.tokenizer, tokenizer, str(path), before)
     if config.weights or config.ckpt_path:
         config = config.with_model_of(model, str(path))
+    elif not config.model.vocab_size:
+        config = config.with_vocabulary(model.vocab_size)
     config = config.accumulated(world_size).with_window()
     if problems := [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path),
                     *_other_values(config, checkpoint, path, world_size)]:  # fmt: skip
         raise ValueError("\n".join(problems))
-    return Start(config, path, checkpoint)
+    return Start(config, path, checkpoint, tokenizer=tokenizer)
 
 
 def _checkpoint(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -164,6 +181,19 @@ def _shared(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Pat
     if looked:
         return looked[0]
     return (Path(path), read_checkpoint(Path(path))) if path else None
+
+
+def _check_tokenizer(
+    asked: TokenizerConfig, own: tiktoken.Encoding, source: str, before: dict[str, Any] | None = None
+) -> None:
+    """Refuse a tokenizer other than that of ``source``, its ``own``. GPT-2's, the default, gives way, unless the run
+    that is continued had asked for another one ``before``."""
+    if asked.model_dump() == before if before else asked == TokenizerConfig() or describes(asked, own):
+        return
+    raise ValueError(
+        f"tokenizer={asked.name} differs from {own.name} in {source}, which brings its own; "
+        f"use tokenizer={own.name.split('-')[0]}"
+    )
 
 
 def _other_model(config: TrainConfig, model: GPTConfig, path: Path) -> list[str]:

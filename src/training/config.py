@@ -5,11 +5,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
-from src.data.config import DataConfig
+from src.data.config import DataConfig, TokenizerConfig
 from src.model.config import GPTConfig
 from src.training.sections import CheckpointConfig, EvalConfig, OptimizerConfig, ScheduleConfig
 
-TOKENIZER_SIZE = 50257
 DEFAULT_EPOCHS = 10
 
 
@@ -81,6 +80,7 @@ class TrainConfig(Config):
     dry_run: bool = False
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     eval: EvalConfig = EvalConfig()
@@ -94,7 +94,8 @@ class TrainConfig(Config):
         if found := [*self._beginnings(), *self._nodes(), *self._lengths()]:
             raise ValueError("\n".join(found))
         if not (self.weights or self.ckpt_path):  # which bring their own model
-            check_model(self.model, self.data)
+            known = self.data.format == "text"  # shards have a tokenizer of their own
+            check_model(self.model, self.data, self.tokenizer.size if known else None)
         return self
 
     def _beginnings(self) -> list[str]:
@@ -184,7 +185,7 @@ class TrainConfig(Config):
             if key in FREE:
                 continue
             brought[key] = value
-            if asked not in (value, getattr(default, key)):
+            if asked not in (value, getattr(default, key)) and not (key == "vocab_size" and asked == 0):
                 found.append(
                     f"model.{key}={asked} differs from {value} in {source}, which brings its own model; leave out "
                     f"model, model.{key} and experiments that set it"
@@ -193,19 +194,32 @@ class TrainConfig(Config):
             raise ValueError("\n".join(found))
         new = self.model.changed(**brought)
         data = self.data if self.data.context_length else self.data.changed(context_length=new.context_length)
-        check_model(new, data, source)
+        check_model(new, data, None, source)
         return self.changed(model=new, data=data)
+
+    def with_vocabulary(self, n_vocab: int, multiple: int = 1) -> "TrainConfig":
+        """A config whose model has a row for each of the ``n_vocab`` tokens of the tokenizer: where ``vocab_size`` was
+        null, as many, rounded up to a ``multiple``.
+
+        Raises:
+            ValueError: ``vocab_size`` is less.
+        """
+        if self.model.vocab_size:
+            check_model(self.model, self.data, n_vocab, self.weights or self.ckpt_path)
+            return self
+        return self.changed(model=self.model.changed(vocab_size=-(-n_vocab // multiple) * multiple))
 
 
 FREE = ("drop_rate", "init")  # of the model: what a continued run may change
 
 
-def check_model(model: GPTConfig, data: DataConfig, source: str | None = None) -> None:
-    """Raise a ValueError where the windows of ``data`` do not fit the model, which ``source`` may have brought."""
+def check_model(model: GPTConfig, data: DataConfig, n_vocab: int | None = None, source: str | None = None) -> None:
+    """Raise a ValueError where the windows of ``data``, or a tokenizer of ``n_vocab`` tokens, do not fit the model,
+    which ``source`` may have brought."""
     found, longest = [], model.context_length
-    if model.vocab_size < TOKENIZER_SIZE:
-        cure = f"weights=<a model of {TOKENIZER_SIZE:,} tokens>" if source else f"model.vocab_size={TOKENIZER_SIZE}"
-        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's {TOKENIZER_SIZE}; use {cure}")
+    if 0 < model.vocab_size < (n_vocab or 0):
+        cure = f"weights=<a model of {n_vocab:,} tokens>" if source else "model.vocab_size=null"
+        found.append(f"model.vocab_size={model.vocab_size} is less than the tokenizer's {n_vocab}; use {cure}")
     if (data.context_length or 1) > longest:
         cure = "" if source else f"model.context_length={data.context_length}, or "
         found.append(

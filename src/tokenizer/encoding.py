@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2) through tiktoken, without a network."""
+"""Text to token ids and back by a ``tiktoken.Encoding``. GPT-2's (Radford et al. 2019, section 2.2) is packaged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from tiktoken_ext.openai_public import r50k_pat_str
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANK_TABLE = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+RANK_TABLE = Path(__file__).parents[1] / "assets" / "gpt2.tiktoken"
 RANK_TABLE_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, fewer than Python's
 BREAK = re.compile(f"(?<=[^{WHITE}])[{WHITE}]")
+BLANK_BREAK = re.compile(f"(?<=[^{WHITE}])(?![\\r\\n])[{WHITE}]")
+UNKNOWN = "\ufffd"  # what a tokenizer of characters makes of a character that it does not have
 LONG = 2**16  # white space in a row that is split for tiktoken's regex, whose stack overflows at about a million
 LONGEST = 5_000_000  # characters without a break that are held in memory; tokenising them takes 50 to 130 bytes each
 
@@ -51,10 +53,13 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
     """Token ids of ``text``, ``(T,)`` of :func:`token_dtype`.
 
     ``special_tokens`` decides what a literal ``<|endoftext|>`` becomes, in a corpus and in a prompt alike: ``parse``
-    makes it the end-of-text token, ``text`` encodes it like any other text.
+    makes it the end-of-text token, ``text`` encodes it like any other text. A character that a tokenizer of characters
+    does not have becomes U+FFFD.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
     allowed = tokenizer.special_tokens_set if special_tokens == "parse" else set()
+    if unknown := _unknown(tokenizer):
+        text = unknown[bool(allowed)].sub(lambda found: found[1] or UNKNOWN, text)
 
     def ids(text: str) -> np.ndarray:
         try:
@@ -62,12 +67,34 @@ def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens
         except UnicodeEncodeError:  # a lone surrogate, which becomes U+FFFD
             return ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError:  # the stack of tiktoken's regex overflowed
-            parts = split_white_space(text, allowed)
+            parts = split_white_space(text, allowed) if has_gpt2_pattern(tokenizer) else [text]
             if len(parts) == 1:
                 raise
             return np.concatenate([ids(part) for part in parts])
 
     return ids(text).astype(token_dtype(tokenizer))
+
+
+def characters_of(tokenizer: tiktoken.Encoding) -> set[str] | None:
+    """The characters that are the tokens of ``tokenizer``; None where all bytes are tokens: it takes any text."""
+    tokens = set(tokenizer.token_byte_values())
+    return None if all(bytes([byte]) in tokens for byte in range(256)) else {token.decode() for token in tokens}
+
+
+@functools.lru_cache
+def _unknown(tokenizer: tiktoken.Encoding) -> tuple[re.Pattern, re.Pattern] | None:
+    """What finds the characters that a tokenizer of characters does not have, and with them, second, special tokens,
+    which are its first group; None for a tokenizer that takes any text."""
+    known = characters_of(tokenizer)
+    if known is None:
+        return None
+    others, special = f"[^{''.join(map(re.escape, sorted(known)))}]", map(re.escape, tokenizer.special_tokens_set)
+    return re.compile(f"(?!)()|{others}"), re.compile(f"({'|'.join(special)})|{others}")
+
+
+def has_gpt2_pattern(tokenizer: tiktoken.Encoding) -> bool:
+    """Whether ``tokenizer`` splits a text as GPT-2's does, before it merges bytes."""
+    return tokenizer._pat_str == r50k_pat_str
 
 
 def token_dtype(tokenizer: tiktoken.Encoding) -> type[np.unsignedinteger]:
@@ -90,22 +117,24 @@ def split_white_space(text: str, special_tokens: set[str], long: int = LONG) -> 
     return [text[first:last] for first, last in itertools.pairwise([*cuts, len(text)])]
 
 
-def separable(pieces: Iterable[str], source: str = "text") -> Iterator[str]:
+def separable(pieces: Iterable[str], source: str = "text", tokenizer: tiktoken.Encoding | None = None) -> Iterator[str]:
     """The text in ``pieces``, cut where white space begins. GPT-2's pattern always starts a new match there, so the new
-    pieces can be encoded separately and have the tokens of the whole.
+    pieces can be encoded separately and have the tokens of the whole. Other patterns can match a line break together
+    with what stands before it, so for these it does not count as white space.
 
     Raises:
         ValueError: more than ``LONGEST`` characters without such a place. The message begins with ``source``, which is
             ``<key>: <file>``.
     """
     rest, searched = "", 1
+    pattern = BREAK if tokenizer is None or has_gpt2_pattern(tokenizer) else BLANK_BREAK
     for piece in pieces:
-        if cut := _last_break(rest, searched):
+        if cut := _last_break(rest, searched, pattern):
             yield rest[:cut]
             rest = rest[cut:]
         searched = max(len(rest), 1)
         rest += piece
-        if len(rest) > LONGEST and not BREAK.search(rest, searched, LONGEST + 1):
+        if len(rest) > LONGEST and not pattern.search(rest, searched, LONGEST + 1):
             raise ValueError(
                 f"{source} has more than {LONGEST:,} characters without a word boundary; "
                 f"use {source.partition(':')[0]}=<the file with line breaks>"
@@ -114,9 +143,9 @@ def separable(pieces: Iterable[str], source: str = "text") -> Iterator[str]:
         yield rest
 
 
-def _last_break(text: str, searched: int) -> int:
+def _last_break(text: str, searched: int, pattern: re.Pattern) -> int:
     for first in max(len(text) - 1000, searched), searched:
-        if found := [match.start() for match in BREAK.finditer(text, first)]:
+        if found := [match.start() for match in pattern.finditer(text, first)]:
             return found[-1]
     return 0
 
