@@ -40,6 +40,8 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         return
     if file in ("data/text", "data/shards", "experiment/gpt2_124m", "experiment/optimizers"):
         overrides.append(f"data.path={tmp_path}")
+    if file == "tokenizer/file":
+        overrides.append(f"tokenizer.path={tmp_path / 'tokenizer.json'}")
     cfg = cli.compose(file if not group else "train", overrides)
     config = check(cfg)
     for callback in cfg.callbacks.values():
@@ -85,7 +87,7 @@ BAD = {
     "model.n_heads=7": "model.n_heads=6 or model.emb_dim=770",
     "model.emb_dim=0": "model.emb_dim=768",
     "model.drop_rate=1.5": "model.drop_rate=0.1",
-    "model.vocab_size=100": "model.vocab_size=50257",
+    "model.vocab_size=100": "model.vocab_size=null",
     "model.qkv_bias=perhaps": "model.qkv_bias=false",
     "model.tie_weights=3.5": "model.tie_weights=false",
     "data.batch_size=0": "data.batch_size=2",
@@ -255,7 +257,7 @@ def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_p
     assert text[0].startswith(f"python -m src.{command}: ")
     groups = {line.split()[0] for line in text if line.startswith("  ") and ("*  " in line or line.endswith("*"))}
     own = {
-        "train": {"model", "data", "optimizer", "schedule", "trainer", "callbacks", "logger"},
+        "train": {"model", "data", "tokenizer", "optimizer", "schedule", "trainer", "callbacks", "logger"},
         "generate": {"generation"},
         "evaluate": {"data"},
         "export": set(),
@@ -274,7 +276,7 @@ def test_help_shows_what_is_chosen_with_its_own_comments(command):
     assert "    momentum: 0.95  # of the matrices of the blocks" in lines
     assert "    weight_decay: 0.1  # decoupled" in lines  # which it has from adamw.yaml
     assert "    min_lr: null  # where the decay ends; null: a tenth of optimizer.learning_rate" in lines
-    assert "    vocab_size: 50257  # GPT-2's byte-pair encoding" in lines
+    assert "    qkv_bias: false  # bias in the query, key and value projections" in lines
     assert "    train_ratio: 0.9  # fraction of the characters that trains; the rest validates" in lines
     _, out, _ = command("train", "experiment=gpt2_124m", "trainer=ddp", "--help")
     lines = out.splitlines()

@@ -27,7 +27,7 @@ from src.interop.weights import build, load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer.encoding import gpt2_tokenizer, token_ranks
-from src.tokenizer.table import merges_of
+from src.tokenizer.merges import merges_of
 
 
 def sized(vocab_size, context_length, emb_dim, n_heads, n_layers, **others) -> GPTConfig:

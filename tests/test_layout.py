@@ -159,7 +159,6 @@ LONG = {
     "src/runs/record.py",  # the record, the claim to a folder, the signature
     "src/runs/report.py",  # the start card, the summary, and what a failed run says
     "src/runs/start.py",  # three ways to start, and what a checkpoint may be continued with
-    "src/tokenizer.py",  # text to tokens and back, and where a text can be cut in between
     "src/training/config.py",  # the Trainer's arguments, and how the sections agree
     "src/training/module.py",  # one LightningModule
 }

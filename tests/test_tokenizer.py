@@ -7,19 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.tokenizer import encoding
+from src.tokenizer import pieces as cuts
 from src.tokenizer.encoding import (
     END_OF_TEXT,
     RANK_TABLE,
     encode,
     gpt2_tokenizer,
-    separable,
-    split_white_space,
     text_to_token_ids,
     token_byte_counts,
     token_bytes,
     token_ids_to_text,
 )
+from src.tokenizer.pieces import separable, split_white_space
 
 
 def test_rank_table_is_the_one_that_tiktoken_pins():
@@ -124,7 +123,7 @@ def test_white_space_beyond_the_stack_of_the_regex(space):
 
 def test_only_so_much_is_held_for_want_of_a_word_boundary(monkeypatch):
     """Whether a text is refused does not depend on the pieces that it comes in."""
-    monkeypatch.setattr(encoding, "LONGEST", 10)
+    monkeypatch.setattr(cuts, "LONGEST", 10)
     for word, fits in (" xxxxxxxxx", True), (" xxxxxxxxxx", False), (" \n\n  xxxxx", True), (" \n\n  xxxxxx", False):
         text = f"a b{word} c"
         for size in 1, 2, 3, 7, 10:

@@ -21,7 +21,8 @@ from src.generation.text import continue_texts
 from src.interop.tokenizer_files import write_tokenizer
 from src.interop.weights import build, read_model
 from src.prepare import check as check_prepare
-from src.tokenizer.encoding import encode, fingerprint, gpt2_tokenizer, separable, token_ids_to_text, token_ranks
+from src.tokenizer.encoding import encode, fingerprint, gpt2_tokenizer, token_ids_to_text, token_ranks
+from src.tokenizer.pieces import separable
 from src.tokenizer.table import as_dictionary, from_json, make_encoding, portable, to_json
 from tests.conftest import TINY, column
 

@@ -134,8 +134,8 @@ class RunRecord:
             write_json(self.path, self.values)
 
     def describe(self, config: TrainConfig, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
-        """Record what trains on what; ``config`` may have the model of weights by now. A tokenizer other than GPT-2's is
-        kept beside the record."""
+        """Record what trains on what; ``config`` may have the model of weights by now. A tokenizer other than GPT-2's
+        goes into a file beside the record."""
         from src.device import device_name
         from src.tokenizer.table import FILE, to_json
 

@@ -5,13 +5,13 @@ from src.tokenizer.encoding import (
     encode,
     fingerprint,
     gpt2_tokenizer,
-    separable,
     text_to_token_ids,
     token_byte_counts,
     token_bytes,
     token_dtype,
     token_ids_to_text,
 )
+from src.tokenizer.pieces import separable
 
 __all__ = [
     "END_OF_TEXT",

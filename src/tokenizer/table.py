@@ -3,13 +3,13 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from src.tokenizer.encoding import END_OF_TEXT, UNKNOWN, characters_of, fingerprint, gpt2_tokenizer, token_ranks
+from src.tokenizer.merges import all_merges, bytes_of, merges_of, spelled
 
 FILE = "tokenizer.json"
 PUBLISHED = {100261: "cl100k_base", 200000: "o200k_base"}  # by number of tokens, which is not all ids
@@ -55,7 +55,7 @@ def _byte_level(ranks: dict[bytes, int], tokenizer: tiktoken.Encoding) -> tuple[
     pattern = tokenizer._pat_str
     # tiktoken looks a piece of text up before it merges, and merges any two parts that make a token
     gpt2 = fingerprint(tokenizer) == fingerprint(gpt2_tokenizer())  # whose published merges are one pair per token
-    merges = merges_of(ranks) if gpt2 else _all_merges(ranks)
+    merges = merges_of(ranks) if gpt2 else all_merges(ranks)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     sequence = {"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]}
     model = {
@@ -95,9 +95,9 @@ def from_json(text: str | bytes) -> tiktoken.Encoding:
         pattern = _pattern_of(pre_tokenizer)
         if model["type"] != "BPE" or pattern is None:
             raise ValueError(f"its {FILE} is neither byte-level BPE nor one token per character")
-        ranks = {_bytes_of(token): number for token, number in vocab.items()}
+        ranks = {bytes_of(token): number for token, number in vocab.items()}
         merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
-        _check_merges(ranks, [_bytes_of("".join(merge)) for merge in merges])
+        _check_merges(ranks, [bytes_of("".join(merge)) for merge in merges])
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its {FILE} cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
     except json.JSONDecodeError as error:
@@ -134,51 +134,3 @@ def _check_merges(ranks: dict[bytes, int], merged: list[bytes]) -> None:
         raise ValueError(f"its {FILE} has tokens that no merge makes")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"its {FILE} has no token for {len(missing)} of the 256 bytes")
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, ...]]:
-    """The pairs that byte-pair encoding learned, in order: the pair of a token is what remains of its bytes after all
-    earlier merges."""
-    return [
-        tuple(_merged(token, ranks, rank))
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-        if len(token) > 1
-    ]
-
-
-def _merged(token: bytes, ranks: dict[bytes, int], later_than: int) -> list[bytes]:
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, later_than) for left, right in itertools.pairwise(parts)]
-        rank = min(pairs)
-        at = pairs.index(rank)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
-
-
-def _all_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Every pair of tokens that makes a token, in the order of what they make."""
-    for token in sorted(ranks, key=ranks.__getitem__):
-        for at in range(1, len(token)):
-            if token[:at] in ranks and token[at:] in ranks:
-                yield token[:at], token[at:]
-
-
-def spelled(token: bytes) -> str:
-    """``token`` in the characters that byte-level BPE writes for bytes."""
-    return "".join(LETTERS[byte] for byte in token)
-
-
-def _bytes_of(token: str) -> bytes:
-    return bytes(BYTES[letter] for letter in token)
-
-
-def _letters() -> list[str]:
-    """GPT-2's visible character for each byte: its own, or one from 256 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
-
-
-LETTERS = _letters()
-BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
