@@ -51,6 +51,7 @@ class PrepareConfig(Config):
     text_key: str = "text"
     shard_tokens: int = Field(default=100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
     val_tokens: int | None = Field(default=None, ge=0, lt=2**31)  # None: a tenth of all, at most shard_tokens
+    max_tokens: int | None = Field(default=None, ge=1)
     special_tokens: Literal["parse", "text"] = "parse"
     workers: int | None = Field(default=None, ge=1)  # None: one per core
 
