@@ -35,7 +35,8 @@ def find_sources(paths: list[str]) -> list[Path | RemoteFile]:
     for path in paths:
         try:
             if is_remote(path):
-                files += (file for file in find_remote(path, "source", ENDINGS) if file not in files)
+                known = set(files)
+                files += [file for file in find_remote(path, "source", ENDINGS) if file not in known]
             else:
                 files += find_files(path, "source", ENDINGS)
         except ValueError as error:

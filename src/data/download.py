@@ -82,7 +82,7 @@ def _answer(url: str) -> Iterator["requests.Response"]:
     from urllib3.util import Retry
 
     with requests.Session() as session:
-        retries = Retry(3, backoff_factor=0.5, status_forcelist=(429, 502, 503))
+        retries = Retry(3, backoff_factor=0.5, status_forcelist=(429, 502, 503), raise_on_status=False)
         session.mount("https://", HTTPAdapter(max_retries=retries))
         session.adapters.pop("http://")  # a redirection must not lead to it
         session.headers["Accept-Encoding"] = "identity"  # the length is that of the file

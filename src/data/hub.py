@@ -1,6 +1,7 @@
 """Files of datasets on the Hugging Face hub, through its own client: listed, fetched, and its errors in one line."""
 
 import functools
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,9 +56,7 @@ def find(address: str, key: str, endings: tuple[str, ...]) -> tuple[HubFile, ...
         if files:
             _check_access(repository, files[0].path, commit)
     if not files:
-        raise ValueError(
-            f"{key}={address} matches no file of {repository} at {commit[:12]}; use {key}=<another pattern>"
-        )
+        raise ValueError(f"{key}={address} matches no file of commit {commit[:12]}; use {key}=<another pattern>")
     return tuple(
         HubFile(
             f"hf://datasets/{repository}@{commit}/{file.path}",
@@ -129,6 +128,8 @@ def _explained(address: str, key: str) -> Iterator[None]:
 
     disable_progress_bars()
     set_verbosity_error()
+    for client in "httpx", "httpx2":  # of huggingface_hub, by version; it logs every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         yield
     except Exception as error:
@@ -143,7 +144,7 @@ def _problem(address: str, key: str, error: BaseException | None) -> str:
     names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     responses = [cause.response for cause in causes if getattr(cause, "response", None) is not None]
     status = responses[0].status_code if responses else None
-    copy = f"{key}=<a copy on this machine>"
+    copy = f"{'data.path' if key == 'data.url' else key}=<a copy on this machine>"
     page = f"{HOME}/" + re.sub(r"^hf://|@.*", "", address)
     if "OfflineModeIsEnabled" in names:
         return f"cannot be fetched while HF_HUB_OFFLINE=1 is set; use HF_HUB_OFFLINE=0, or {copy}"

@@ -9,7 +9,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 from src.data import hub
-from src.data.download import fetch, headers_of
+from src.data.config import DataConfig
+from src.data.download import fetch, headers_of, user_cache
+from src.data.lock import locked
 from src.data.shards import sha256_of
 
 log = logging.getLogger(__name__)
@@ -83,3 +85,45 @@ def find_remote(address: str, key: str, endings: tuple[str, ...]) -> list[Remote
     headers = headers_of(address, key)
     size = headers.get("Content-Length")
     return [RemoteFile(address, int(size) if size else None, etag=headers.get("ETag", "").strip('"') or None)]
+
+
+def shards_of(config: DataConfig) -> str | list[Path]:
+    """Where the shards of ``config`` are, after those at its ``url`` are fetched.
+
+    Raises:
+        ValueError: shards of a named corpus that are not made yet, or cannot be fetched.
+    """
+    if config.path is None:
+        assert config.url is not None
+        return fetch_shards(config.url, config.train_shards or 1)
+    if config.prepare and not (Path(config.path).expanduser().exists() or set(config.path) & set("*?[")):
+        raise ValueError(f"data.path={config.path} does not exist; {config.cure_for_no_shards}")
+    return config.path
+
+
+def fetch_shards(url: str, train_shards: int) -> list[Path]:
+    """The validation shard and the first ``train_shards`` training shards at ``url``, in the user's cache. ``{}`` in
+    ``url`` stands for ``val_000000`` and ``train_000001``, ``train_000002``, ..., as modded-nanogpt names its shards.
+    There are no requests if the cache has all shards and ``url`` names a commit.
+
+    Raises:
+        ValueError: shards that do not exist or cannot be fetched; a cache that cannot be written to.
+    """
+    names = ["val_000000", *(f"train_{number:06d}" for number in range(1, train_shards + 1))]
+    folder = user_cache() / "shards"
+    places = [RemoteFile(url.replace("{}", name), None).place(folder) for name in names]
+    if all(place.is_file() for place in places):
+        return places
+    files = {file.name: file for file in find_remote(url.replace("{}", "*"), "data.url", (".bin",))}
+    if missing := [place.name for place in places if place.name not in files]:
+        cure = f"data.train_shards={train_shards - len(missing)}"
+        raise ValueError(f"data.train_shards={train_shards}: {url} has no {missing[0]}; use {cure}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock", f"fetches shards into {folder}"):
+            return [files[place.name].fetch(folder, "data.url") for place in places]
+    except OSError as error:
+        raise ValueError(
+            f"data.url={url} cannot be written to {folder} ({error.strerror}); free some space, or use "
+            f"data.path=<shards fetched to another disk>"
+        ) from error

@@ -19,6 +19,7 @@ from src.data.download import user_cache
 from src.data.lock import locked
 from src.data.pipeline import Chunk, tokenise
 from src.data.progress import progress
+from src.data.remote import shards_of
 from src.data.shard_writer import ShardWriter, new_manifest
 from src.data.shards import ShardTokens, read_manifest, read_shards, sha256_of
 from src.tokenizer import fingerprint, separable
@@ -39,8 +40,7 @@ def read_split(config: DataConfig, tokenizer: tiktoken.Encoding, train_ratio: fl
         ValueError: text or shards that cannot be read; a cache that cannot be written to.
     """
     if config.format == "shards":
-        assert config.path is not None
-        return read_shards(config.path, train_ratio, tokenizer)
+        return read_shards(shards_of(config), train_ratio, tokenizer)
     corpus = read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
     return *split_tokens(corpus, train_ratio, tokenizer, config.special_tokens, config.cache_dir), corpus.sha256
 
