@@ -33,8 +33,11 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
         found.append(f"output={config.output} already exists; use output=<a new file>")
     if config.source:
         from src.data.documents import find_sources
+        from src.data.remote import is_remote
 
         try:
+            if is_remote(config.source):
+                raise ValueError(f"source={config.source} is not on this machine; use source=<a local copy>")
             find_sources(PrepareConfig(source=config.source).paths)
         except ValueError as error:
             found += str(error).splitlines()

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.cli import app
+from src.cli.overrides import CONF
 from src.cli.typed import typed
 from src.data.config import PrepareConfig
 
@@ -21,7 +23,7 @@ def check(cfg: DictConfig) -> PrepareConfig:
     Raises:
         ValueError: every problem that can be found without reading the sources, one per line.
     """
-    config = typed(cfg, PrepareConfig)
+    config = _config(cfg)
     from src.data.documents import find_sources
 
     found = []
@@ -38,6 +40,19 @@ def check(cfg: DictConfig) -> PrepareConfig:
     return config
 
 
+def _config(cfg: DictConfig) -> PrepareConfig:
+    """``cfg`` as a frozen config. ``source=<name>`` takes the section ``prepare`` of ``conf/data/<name>.yaml``, except
+    for keys that ``cfg`` sets."""
+    config = typed(cfg, PrepareConfig)
+    name = config.source if isinstance(config.source, str) else ""
+    file = CONF / "data" / f"{name}.yaml"
+    if Path(name).name != name or not file.is_file():
+        return config
+    corpus: Any = OmegaConf.to_container(OmegaConf.load(file))
+    values = corpus.get("prepare", {}).items()
+    return config.changed(**{key: value for key, value in values if key == "source" or getattr(config, key) is None})
+
+
 def prepare(cfg: DictConfig) -> None:
     """Make the shards that ``cfg`` asks for.
 
@@ -45,12 +60,13 @@ def prepare(cfg: DictConfig) -> None:
         ValueError: the problems of the config, and those of :func:`~src.data.prepare.prepare_shards`.
     """
     config = check(cfg)
-    from src.data.documents import find_sources
+    from src.data.documents import find_sources, size_of
     from src.data.prepare import prepare_shards
     from src.data.progress import progress
 
-    size = sum(file.stat().st_size for file in find_sources(config.paths))
-    with progress("tokenising", size, "bytes") as advance:
+    sizes = [size_of(file) for file in find_sources(config.paths)]
+    total = None if config.max_tokens or None in sizes else sum(size or 0 for size in sizes)
+    with progress("tokenising", total, "bytes") as advance:
         manifest = prepare_shards(config, advance=advance)
     for shard in manifest["shards"]:
         log.info("%s  %s tokens", shard["file"], f"{shard['tokens']:,}")

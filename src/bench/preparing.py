@@ -29,7 +29,7 @@ def shards(connection: Connection, source: str, workers: int) -> None:
 def tiktoken(connection: Connection, source: str, workers: int) -> None:
     """A rival that encodes the documents of ``source``, held in memory, with tiktoken's threads, and answers with the
     seconds."""
-    documents = (pieces for file in find_sources([source]) for _, pieces in read_documents(file))
+    documents = (pieces for file in _files(source) for _, pieces in read_documents(file))
     texts = ["".join(pieces) for pieces in documents if pieces is not None]
     tokenizer = gpt2_tokenizer()
 
@@ -41,6 +41,10 @@ def tiktoken(connection: Connection, source: str, workers: int) -> None:
     serve(connection, run)
 
 
+def _files(source: str) -> list[Path]:
+    return [file for file in find_sources([source]) if isinstance(file, Path)]
+
+
 def size(source: str) -> int:
     """The size of the files of ``source`` in bytes."""
-    return sum(file.stat().st_size for file in find_sources([source]))
+    return sum(file.stat().st_size for file in _files(source))

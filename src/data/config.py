@@ -1,7 +1,7 @@
 """The configurations of the data module and of src.prepare."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -48,6 +48,8 @@ class DataConfig(Config):
     mirrors: list[str] | None = None
     sha256: str | None = None
     size: int | None = None
+    train_shards: int | None = Field(default=None, ge=1)
+    prepare: dict[str, Any] | None = None
     cache_dir: str | None = None
     batch_size: int = Field(default=2, ge=1)
     stride: int | None = Field(default=None, ge=1)
@@ -59,9 +61,16 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _shards_have_a_path(self) -> "DataConfig":
-        if self.format == "shards" and self.path is None:
-            raise ValueError("data.path=null names no shards; use data.path=<their folder, or a glob pattern>")
+        if self.format == "shards" and self.path is None and self.url is None:
+            raise ValueError(f"data.path=null names no shards; {self.cure_for_no_shards}")
         return self
+
+    @property
+    def cure_for_no_shards(self) -> str:
+        if self.prepare is None:
+            return "use data.path=<their folder, or a glob pattern>"
+        name, folder = self.prepare["name"], self.path or self.prepare["name"]
+        return f"make them with python -m src.prepare source={name} output={folder}, then use data.path={folder}"
 
     @property
     def source(self) -> str:
@@ -79,6 +88,7 @@ class PrepareConfig(Config):
     text_key: str = "text"
     shard_tokens: int = Field(default=100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
     val_tokens: int | None = Field(default=None, ge=0, lt=2**31)  # None: a tenth of all, at most shard_tokens
+    max_tokens: int | None = Field(default=None, ge=1)
     special_tokens: Literal["parse", "text"] = "parse"
     tokenizer: TokenizerConfig = TokenizerConfig()
     workers: int | None = Field(default=None, ge=1)  # None: one per core

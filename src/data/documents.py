@@ -14,6 +14,7 @@ from src.data.compressed import blocks_of
 from src.data.corpus import BLOCK, decoded
 from src.data.files import find_files
 from src.data.progress import Progress
+from src.data.remote import RemoteFile, find_remote, is_remote
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
@@ -22,31 +23,43 @@ ROWS = 64  # of a parquet file, decoded at a time
 LINE = 2**25  # bytes of a line of JSON at most, which is held in memory as a whole, several times over
 
 
-def find_sources(paths: list[str]) -> list[Path]:
-    """The files at ``paths`` (files, folders or glob patterns): in the order of the paths, then by name.
+def find_sources(paths: list[str]) -> list[Path | RemoteFile]:
+    """The files at ``paths`` (files, folders, glob patterns or addresses): in the order of the paths, then by name. A
+    remote file is found once.
 
     Raises:
-        ValueError: one line per problem: no files, empty files, another format, a missing package.
+        ValueError: one line per problem: no files, empty files, another format, a missing package, no network.
     """
-    files, found = [], []
+    files: list[Path | RemoteFile] = []
+    found = []
     for path in paths:
         try:
-            files += find_files(path, "source", ENDINGS)
+            if is_remote(path):
+                known = set(files)
+                files += [file for file in find_remote(path, "source", ENDINGS) if file not in known]
+            else:
+                files += find_files(path, "source", ENDINGS)
         except ValueError as error:
             found.append(str(error))
     for file in files:
         if not file.name.endswith(ENDINGS):
-            found.append(f"source: {file} is none of {', '.join(FORMATS)} (.gz, .zst); use source=<such files>")
-        elif file.suffix in (".gz", ".zst") and file.stem.endswith(".parquet"):
-            found.append(f"source: {file} is compressed parquet; unpack it, then use source={file.stem}")
-    if files and not found and not any(file.stat().st_size for file in files):
+            name = file.address if isinstance(file, RemoteFile) else file
+            found.append(f"source: {name} is none of {', '.join(FORMATS)} (.gz, .zst); use source=<such files>")
+        elif file.name.endswith((".parquet.gz", ".parquet.zst")):
+            found.append(f"source: {file} is compressed parquet; unpack it, then use source={Path(file.name).stem}")
+    if files and not found and all(size_of(file) == 0 for file in files):
         found.append(f"source={','.join(paths)} is empty; use source=<files with text>")
     for ending, package in NEEDS.items():
-        if any(file.suffix == ending for file in files) and importlib.util.find_spec(package) is None:
+        if any(file.name.endswith(ending) for file in files) and importlib.util.find_spec(package) is None:
             found.append(f'source: {ending} files need {package}; use pip install -e ".[data]"')
     if found:
         raise ValueError("\n".join(found))
     return files
+
+
+def size_of(file: Path | RemoteFile) -> int | None:
+    """The bytes of ``file``; None where a server does not say."""
+    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
 
 
 def read_documents(

@@ -18,12 +18,12 @@ START = (0, 0, 0)
 
 class Chunk(NamedTuple):
     """Pieces of text to tokenise, with None for an end-of-text token, and the place in the source where they end:
-    number of the file, number of the record in it, characters of that record. ``skipped`` counts records without
-    text."""
+    number of the file, number of the record in it, characters of that record. ``skipped`` has the number of pieces
+    before each record without text."""
 
     pieces: list[str | None]
     end: tuple[int, int, int] = START
-    skipped: int = 0
+    skipped: tuple[int, ...] = ()
 
     @property
     def characters(self) -> int:
@@ -67,13 +67,14 @@ def tokenise(
 def merged(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
     """Consecutive ``chunks`` joined until they have at least ``size`` characters."""
     pieces: list[str | None] = []
-    characters = skipped = 0
+    skipped: list[int] = []
+    characters = 0
     for chunk in chunks:
+        skipped += [len(pieces) + before for before in chunk.skipped]
         pieces += chunk.pieces
-        skipped += chunk.skipped
         characters += DOCUMENT + chunk.characters
         if characters >= size:
-            yield Chunk(pieces, chunk.end, skipped)
-            pieces, characters, skipped = [], 0, 0
+            yield Chunk(pieces, chunk.end, tuple(skipped))
+            pieces, characters, skipped = [], 0, []
     if characters:
-        yield Chunk(pieces, chunk.end, skipped)
+        yield Chunk(pieces, chunk.end, tuple(skipped))

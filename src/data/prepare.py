@@ -1,23 +1,28 @@
 """Files of any size made into shards of tokens: read as a stream, tokenised on all cores, written in order."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 from filelock import Timeout
 
 from src.data.config import PrepareConfig
-from src.data.documents import find_sources, read_documents
+from src.data.documents import find_sources, read_documents, size_of
 from src.data.lock import locked
 from src.data.pipeline import CHUNK, START, Chunk, tokenise
 from src.data.progress import Progress
+from src.data.remote import RemoteFile
 from src.data.shard_writer import SAVE_EVERY, ShardWriter, new_manifest
 from src.data.shards import HEADER, MANIFEST, read_manifest
 from src.data.tokenizers import build_tokenizer
 from src.tokenizer import separable
 from src.tokenizer.table import FILE, to_json
+
+FETCHED = ".fetched"  # a folder beside the shards: the remote file under way, and the next one
 
 
 def prepare_shards(
@@ -51,7 +56,7 @@ def prepare_shards(
         with locked(folder / ".lock"):
             shards = ShardWriter(folder, _manifest(config, files, folder, tokenizer), save_every)
             if not shards.manifest["complete"]:
-                chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer)
+                chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer, folder / FETCHED)
                 tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
                 _fill(shards, tokenised, config, files, tokenizer)
         return shards.manifest
@@ -63,6 +68,8 @@ def prepare_shards(
             f"continues, or use output=<a folder elsewhere>"
         ) from error
     finally:
+        if not (folder / MANIFEST).is_file() or (read_manifest(folder) or {}).get("complete"):
+            shutil.rmtree(folder / FETCHED, ignore_errors=True)
         with suppress(OSError):  # stops at the first that is not empty
             for place in new_folders:
                 place.rmdir()
@@ -72,12 +79,22 @@ def _fill(
     shards: ShardWriter,
     tokenised: Iterable,
     config: PrepareConfig,
-    files: list[Path],
+    files: list[Path | RemoteFile],
     tokenizer: tiktoken.Encoding,
 ) -> None:
     try:
+        written = 0
         for chunk, tokens in tokenised:
+            room = None if config.max_tokens is None else config.max_tokens - shards.counts["tokens"]
+            if (end := _first_document_after(chunk, tokens, room)) is not None:
+                skipped = tuple(before for before in chunk.skipped if before <= end)
+                shards.add(Chunk(chunk.pieces[:end], (len(files), 0, 0), skipped), tokens[:end])
+                break
             shards.add(chunk, tokens)
+            for file in files[written : shards.end[0]]:
+                if isinstance(file, RemoteFile):
+                    file.place(shards.folder / FETCHED).unlink(missing_ok=True)
+            written = shards.end[0]
         if _described(files) != shards.manifest["sources"]:
             raise ValueError(f"source={config.paths[0]} changed while it was read; use output=<a new folder>")
         if problem := _too_little(config.val_tokens, **shards.counts):
@@ -92,6 +109,15 @@ def _fill(
         raise
     finally:
         shards.close()
+
+
+def _first_document_after(chunk: Chunk, tokens: list[np.ndarray], room: int | None) -> int | None:
+    """The number of the first piece of ``chunk`` that begins a document and has at least ``room`` tokens before it."""
+    if room is None:
+        return None
+    before = np.cumsum([0, *map(len, tokens)])
+    starts = (number for number, piece in enumerate(chunk.pieces) if piece is None and before[number] >= room)
+    return next(starts, None)
 
 
 def _too_little(val_tokens: int | None, tokens: int, skipped: int, **_: int) -> str | None:
@@ -109,21 +135,24 @@ def _too_little(val_tokens: int | None, tokens: int, skipped: int, **_: int) -> 
 
 
 def _chunks(
-    files: list[Path],
+    files: list[Path | RemoteFile],
     text_key: str,
     begin: tuple[int, int, int],
     size: int,
     advance: Progress,
     tokenizer: tiktoken.Encoding,
+    fetched: Path,
 ) -> Iterator[Chunk]:
-    """The documents of ``files`` from the place ``begin`` on, in chunks of less than about ``size`` characters."""
+    """The documents of ``files`` from the place ``begin`` on, in chunks of less than about ``size`` characters. Remote
+    files are fetched into the folder ``fetched``, one by one."""
     for file in files[: begin[0]]:
-        advance(file.stat().st_size)
-    for number, file in enumerate(files[begin[0] :], begin[0]):
+        advance(size_of(file) or 0)
+    for number, found in enumerate(files[begin[0] :], begin[0]):
+        file = found.fetch(fetched, "source") if isinstance(found, RemoteFile) else found
         first = begin[1] if number == begin[0] else 0
         for record, text in read_documents(file, text_key, first, advance):
             if text is None:
-                yield Chunk([], (number, record + 1, 0), skipped=1)
+                yield Chunk([], (number, record + 1, 0), skipped=(0,))
                 continue
             at = begin[2] if (number, record) == begin[:2] else 0
             end_of_text: list[str | None] = [] if at else [None]
@@ -144,9 +173,11 @@ def _from(pieces: Iterable[str], first: int, size: int) -> Iterator[str]:
         first = max(first - len(piece), 0)
 
 
-def _manifest(config: PrepareConfig, files: list[Path], folder: Path, tokenizer: tiktoken.Encoding) -> dict[str, Any]:
+def _manifest(
+    config: PrepareConfig, files: list[Path | RemoteFile], folder: Path, tokenizer: tiktoken.Encoding
+) -> dict[str, Any]:
     """The manifest of what ``folder`` is to hold: the one in it if there is one, else a new one."""
-    keys = "text_key", "shard_tokens", "val_tokens", "special_tokens"
+    keys = "text_key", "shard_tokens", "val_tokens", "max_tokens", "special_tokens"
     settings = {"name": config.name or folder.resolve().name, **{key: getattr(config, key) for key in keys}}
     new = new_manifest(settings, tokenizer, _described(files))
     found = read_manifest(folder)
@@ -185,6 +216,10 @@ def _difference(found: dict[str, Any], new: dict[str, Any], folder: Path) -> str
     return None
 
 
-def _described(files: list[Path]) -> list[dict[str, Any]]:
-    stats = [(file, file.stat()) for file in files]
-    return [{"file": str(file.absolute()), "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for file, s in stats]
+def _described(files: list[Path | RemoteFile]) -> list[dict[str, Any]]:
+    return [file.described if isinstance(file, RemoteFile) else _described_locally(file) for file in files]
+
+
+def _described_locally(file: Path) -> dict[str, Any]:
+    stat = file.stat()
+    return {"file": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -63,7 +63,7 @@ class ShardWriter:
         """Write the ``tokens`` of each piece of ``chunk``."""
         shards = len(self.manifest["shards"])
         whole = np.concatenate([np.empty(0, dtype=np.uint16), *tokens])
-        counts = len(whole), chunk.pieces.count(None), chunk.characters, chunk.skipped
+        counts = len(whole), chunk.pieces.count(None), chunk.characters, len(chunk.skipped)
         while (room := self._limit() - self.part) <= len(whole):
             self._write(whole[:room])
             whole = whole[room:]

@@ -74,9 +74,11 @@ def _mapped(path: Path, tokens: int) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER, shape=(tokens,))
 
 
-def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> tuple[ShardTokens, ShardTokens, str]:
-    """Training and validation tokens of the shards at ``path`` (a folder with ``.bin`` files, a file, or a glob
-    pattern), and a hash that identifies them.
+def read_shards(
+    path: str | list[Path], train_ratio: float, tokenizer: tiktoken.Encoding
+) -> tuple[ShardTokens, ShardTokens, str]:
+    """Training and validation tokens of the shards at ``path`` (a folder with ``.bin`` files, a file, a glob pattern,
+    or a list of files), and a hash that identifies them.
 
     Shards with ``val`` in their names validate and the others train. If there are none, the first ``train_ratio`` of
     the tokens train. With a ``train_ratio`` of 1, all tokens train. Only headers and ends of the files are read. The
@@ -86,7 +88,7 @@ def read_shards(path: str, train_ratio: float, tokenizer: tiktoken.Encoding) -> 
         ValueError: no files; a file that is not a whole shard; shards that are still being made, or come from another
             tokenizer.
     """
-    files = find_files(path, "data.path", (".bin",))
+    files = find_files(path, "data.path", (".bin",)) if isinstance(path, str) else path
     manifests = {folder: _manifest(folder, tokenizer) for folder in sorted({file.parent for file in files})}
     digest = hashlib.sha256()
     train, val = [], []

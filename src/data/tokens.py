@@ -21,6 +21,7 @@ from src.data.files import find_files
 from src.data.lock import locked
 from src.data.pipeline import Chunk, tokenise
 from src.data.progress import progress
+from src.data.remote import shards_of
 from src.data.shard_writer import ShardWriter, new_manifest
 from src.data.shards import ShardTokens, read_manifest, read_shards, sha256_of
 from src.data.tokenizers import build_tokenizer, describes
@@ -52,9 +53,9 @@ def read_split(config: DataConfig, tokenizer: tiktoken.Encoding | TokenizerConfi
         ValueError: text or shards that cannot be read; shards of another tokenizer; a cache that cannot be written to.
     """
     if config.format == "shards":
-        assert config.path is not None
-        tokenizer = _tokenizer_of_shards(config.path, tokenizer)
-        return Split(*read_shards(config.path, train_ratio, tokenizer), tokenizer)
+        files = shards_of(config)
+        tokenizer = _tokenizer_of_shards(files, tokenizer, config.source)
+        return Split(*read_shards(files, train_ratio, tokenizer), tokenizer)
     corpus = read_corpus(config.path, config.url, config.sha256, config.mirrors, config.size)
     if isinstance(tokenizer, TokenizerConfig):
         training = (text for _, text in corpus.pieces(0, corpus.cut(train_ratio)))
@@ -63,13 +64,16 @@ def read_split(config: DataConfig, tokenizer: tiktoken.Encoding | TokenizerConfi
     return Split(train, val, corpus.sha256, tokenizer)
 
 
-def _tokenizer_of_shards(path: str, asked: tiktoken.Encoding | TokenizerConfig) -> tiktoken.Encoding:
-    """The tokenizer beside the shards at ``path``, GPT-2's where there is none. By default no other is ``asked`` for.
+def _tokenizer_of_shards(
+    files: str | list[Path], asked: tiktoken.Encoding | TokenizerConfig, source: str
+) -> tiktoken.Encoding:
+    """The tokenizer beside the shards ``files``, GPT-2's where there is none. By default no other is ``asked`` for.
 
     Raises:
         ValueError: another one is.
     """
-    tables = {file.with_name(FILE) for file in find_files(path, "data.path", (".bin",))}
+    shards = find_files(files, "data.path", (".bin",)) if isinstance(files, str) else files
+    tables = {shard.with_name(FILE) for shard in shards}
     found = [build_tokenizer(TokenizerConfig(name="file", path=str(table))) for table in tables if table.is_file()]
     own = found[0] if found else gpt2_tokenizer()
     if isinstance(asked, TokenizerConfig):
@@ -78,7 +82,7 @@ def _tokenizer_of_shards(path: str, asked: tiktoken.Encoding | TokenizerConfig) 
         same, name = asked.name == own.name, asked.name
     if not same or any(one.name != own.name for one in found):
         raise ValueError(
-            f"data.path={path} holds tokens of the tokenizer {own.name}, not of {name}; "
+            f"data.path={source} holds tokens of the tokenizer {own.name}, not of {name}; "
             f"use data.path=<shards of {name}>"
         )
     return own
