@@ -110,10 +110,11 @@ def _lines(file: Path, progress: Progress) -> Iterator[bytes]:
     number = 1
     for block in blocks_of(file, progress):
         *ends, rest = block.split(b"\n")
-        for end in ends:
-            yield b"".join((begun, end))
+        if ends:
+            ends[0] = bytes(begun) + ends[0]
             begun.clear()
-            number += 1
+            number += len(ends)
+            yield from ends
         begun += rest
         if len(begun) > LINE:
             what = f"line {number:,} has more than {LINE >> 20} MiB"

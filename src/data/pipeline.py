@@ -1,5 +1,6 @@
 """Chunks of text to tokens, on all cores and in order."""
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from src.tokenizer import encode, token_dtype
+from src.data.fast_encoding import Pieces, encoder
 
 CHUNK = 2**20  # characters that a worker tokenises at a time
 DOCUMENT = 100  # characters that take as much memory as the overhead of a short piece
@@ -21,7 +22,7 @@ class Chunk(NamedTuple):
     number of the file, number of the record in it, characters of that record. ``skipped`` has the number of pieces
     before each record without text."""
 
-    pieces: list[str | None]
+    pieces: Pieces
     end: tuple[int, int, int] = START
     skipped: tuple[int, ...] = ()
 
@@ -36,23 +37,22 @@ def tokenise(
     special_tokens: str = "parse",
     workers: int | None = None,
     size: int = CHUNK,
-) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
-    """Chunks of at least ``size`` characters, made of the consecutive ``chunks``, each with the tokens of its pieces.
+) -> Iterator[tuple[Chunk, np.ndarray]]:
+    """Chunks of at least ``size`` characters, made of the consecutive ``chunks``, each with its tokens ``(T,)``.
 
     ``workers`` threads (None: one per core) tokenise at most two chunks each ahead of the reader, so memory does not
-    grow with the text. Threads suffice: tiktoken releases Python's lock, and neither texts nor tokens are copied.
+    grow with the text. Threads suffice: tiktoken and gigatoken release Python's lock, and neither texts nor tokens are
+    copied. A text of one chunk is not worth the time to load gigatoken.
     """
-    end_of_text = np.array([tokenizer.eot_token], dtype=token_dtype(tokenizer))
-
-    def encoded(chunk: Chunk) -> list[np.ndarray]:
-        return [end_of_text if piece is None else encode(piece, tokenizer, special_tokens) for piece in chunk.pieces]
-
+    chunks = merged(chunks, size)
+    begin = list(itertools.islice(chunks, 2))
+    encoded = encoder(tokenizer, special_tokens, begin[0].pieces if len(begin) == 2 else None)
     workers = workers or os.cpu_count() or 1
     waiting: deque = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for chunk in merged(chunks, size):
-                waiting.append((chunk, pool.submit(encoded, chunk)))
+            for chunk in itertools.chain(begin, chunks):
+                waiting.append((chunk, pool.submit(encoded, chunk.pieces)))
                 if len(waiting) > 2 * workers:
                     first, tokens = waiting.popleft()
                     yield first, tokens.result()
@@ -66,7 +66,7 @@ def tokenise(
 
 def merged(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
     """Consecutive ``chunks`` joined until they have at least ``size`` characters."""
-    pieces: list[str | None] = []
+    pieces: Pieces = []
     skipped: list[int] = []
     characters = 0
     for chunk in chunks:

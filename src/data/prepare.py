@@ -1,12 +1,12 @@
 """Files of any size made into shards of tokens: read as a stream, tokenised on all cores, written in order."""
 
+import itertools
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tiktoken
 from filelock import Timeout
 
@@ -19,7 +19,7 @@ from src.data.remote import RemoteFile
 from src.data.shard_writer import SAVE_EVERY, ShardWriter, new_manifest
 from src.data.shards import HEADER, MANIFEST, read_manifest
 from src.data.tokenizers import build_tokenizer
-from src.tokenizer import separable
+from src.tokenizer import encode, separable
 from src.tokenizer.table import FILE, to_json
 
 FETCHED = ".fetched"  # a folder beside the shards: the remote file under way, and the next one
@@ -86,9 +86,10 @@ def _fill(
         written = 0
         for chunk, tokens in tokenised:
             room = None if config.max_tokens is None else config.max_tokens - shards.counts["tokens"]
-            if (end := _first_document_after(chunk, tokens, room)) is not None:
-                skipped = tuple(before for before in chunk.skipped if before <= end)
-                shards.add(Chunk(chunk.pieces[:end], (len(files), 0, 0), skipped), tokens[:end])
+            if end := _first_document_after(chunk, len(tokens), room, tokenizer, config.special_tokens):
+                pieces, count = end
+                skipped = tuple(before for before in chunk.skipped if before <= pieces)
+                shards.add(Chunk(chunk.pieces[:pieces], (len(files), 0, 0), skipped), tokens[:count])
                 break
             shards.add(chunk, tokens)
             for file in files[written : shards.end[0]]:
@@ -111,12 +112,16 @@ def _fill(
         shards.close()
 
 
-def _first_document_after(chunk: Chunk, tokens: list[np.ndarray], room: int | None) -> int | None:
-    """The number of the first piece of ``chunk`` that begins a document and has at least ``room`` tokens before it."""
-    if room is None:
+def _first_document_after(
+    chunk: Chunk, tokens: int, room: int | None, tokenizer: tiktoken.Encoding, special_tokens: str
+) -> tuple[int, int] | None:
+    """The number of the first piece of ``chunk``, of so many ``tokens``, that begins a document and has at least
+    ``room`` tokens before it, and their number."""
+    if room is None or tokens < room:
         return None
-    before = np.cumsum([0, *map(len, tokens)])
-    starts = (number for number, piece in enumerate(chunk.pieces) if piece is None and before[number] >= room)
+    lengths = [1 if piece is None else len(encode(piece, tokenizer, special_tokens)) for piece in chunk.pieces]
+    before = [0, *itertools.accumulate(lengths)]
+    starts = ((n, before[n]) for n, piece in enumerate(chunk.pieces) if piece is None and before[n] >= room)
     return next(starts, None)
 
 

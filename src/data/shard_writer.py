@@ -59,17 +59,16 @@ class ShardWriter:
         self._remove_unnamed(self.path)
         self._save(self.end)
 
-    def add(self, chunk: Chunk, tokens: list[np.ndarray]) -> None:
-        """Write the ``tokens`` of each piece of ``chunk``."""
+    def add(self, chunk: Chunk, tokens: np.ndarray) -> None:
+        """Write the ``tokens`` of ``chunk``."""
         shards = len(self.manifest["shards"])
-        whole = np.concatenate([np.empty(0, dtype=np.uint16), *tokens])
-        counts = len(whole), chunk.pieces.count(None), chunk.characters, len(chunk.skipped)
-        while (room := self._limit() - self.part) <= len(whole):
-            self._write(whole[:room])
-            whole = whole[room:]
+        counts = len(tokens), chunk.pieces.count(None), chunk.characters, len(chunk.skipped)
+        while (room := self._limit() - self.part) <= len(tokens):
+            self._write(tokens[:room])
+            tokens = tokens[room:]
             self._close()
             self._open(self._next())
-        self._write(whole)
+        self._write(tokens)
         for key, count in zip(COUNTS, counts, strict=True):
             self.counts[key] += count
         if len(self.manifest["shards"]) > shards or time.monotonic() - self._saved >= self.save_every:

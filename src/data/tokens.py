@@ -132,10 +132,8 @@ def tokens_between(
     corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding, special_tokens: str = "parse"
 ) -> np.ndarray:
     """The tokens ``(N,)`` of the characters ``first`` to ``last``, the same as those of each document as a whole."""
-    parts = [np.empty(0, dtype=np.uint16)]
-    for _, tokens in tokenise(_chunks(corpus, first, last, tokenizer), tokenizer, special_tokens):
-        parts += tokens
-    return np.concatenate(parts)
+    parts = [tokens for _, tokens in tokenise(_chunks(corpus, first, last, tokenizer), tokenizer, special_tokens)]
+    return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
 
 
 def _chunks(corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding) -> Iterator[Chunk]:
