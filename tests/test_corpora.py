@@ -387,7 +387,7 @@ def test_a_named_corpus_is_fetched_and_prepared(tmp_path, served, name):
     data = DataConfig(
         **OmegaConf.to_container(compose("train", [f"data={name}", f"data.path={tmp_path / 'out'}"]).data)
     )
-    train, val, _ = read_split(data, gpt2_tokenizer(), data.train_ratio)
+    train, val, *_ = read_split(data, gpt2_tokenizer(), data.train_ratio)
     assert (len(train), len(val)) == (manifest["tokens"] - 50, 50)
 
 
@@ -413,7 +413,7 @@ def test_ready_made_shards_are_fetched_once(tmp_path, served):
     data = dict(OmegaConf.to_container(compose("train", ["data=fineweb_10b_shards", "data.train_shards=3"]).data))
     served.broken = {names[1]: 1}
     for _ in range(2):
-        train, val, _ = read_split(DataConfig(**data), gpt2_tokenizer(), 0.9)
+        train, val, *_ = read_split(DataConfig(**data), gpt2_tokenizer(), 0.9)
         assert val[:].tolist() == tokens[names[0]].tolist()
         assert train[:].tolist() == np.concatenate([tokens[name] for name in names[1:4]]).tolist()
         assert sorted(set(fetched(served))) == sorted(names[:4])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.cli.overrides import CONF
-from src.data import corpus, tokens
+from src.data import corpus, token_cache, tokens
 from src.data.corpus import PREPARED, STORY, read_corpus
 from src.data.documents import ENDINGS
 from src.data.files import find_files
@@ -187,7 +187,7 @@ def test_a_large_text_has_the_tokens_of_a_small_one(tmp_path, monkeypatch, train
     read = read_corpus(str(folder))
     expected = split_tokens(read, train_ratio, tokenizer)
     monkeypatch.setattr(tokens, "LARGE", 100)
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 20)
+    monkeypatch.setattr(token_cache, "SHARD_TOKENS", 20)
     made = split_tokens(read, train_ratio, tokenizer, cache_dir=str(cache))
     assert [part[:].tolist() for part in made] == [part.tolist() for part in expected]
     names = {path.name for path in cache.glob("*/*/*.bin")}
@@ -206,14 +206,14 @@ def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
     for name in "a" * 32 + ".part", "b" * 32 + ".part", "mine.part":
         (cache / name).mkdir()
         (cache / name / "text_train_000000.bin.part").write_text("cut off")
-    write, begun = tokens._write, []
+    write, begun = token_cache._write, []
 
     def slowly(path, *arguments):
         begun.append(path)
         time.sleep(0.3)
         return write(path, *arguments)
 
-    monkeypatch.setattr(tokens, "_write", slowly)
+    monkeypatch.setattr(token_cache, "_write", slowly)
     with ThreadPoolExecutor(3) as pool:
         made = [
             pool.submit(split_tokens, read_corpus(str(file)), 0.9, gpt2_tokenizer(), cache_dir=str(cache))
