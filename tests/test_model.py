@@ -196,7 +196,7 @@ def test_impossible_shapes(tiny, changes, message):  # at once, however far it i
 
 def test_all_impossible_numbers_at_once():
     with pytest.raises(ValueError) as error:
-        GPTConfig(vocab_size=0, n_layers=-1, drop_rate=2, init="?")
+        GPTConfig(vocab_size=-1, n_layers=-1, drop_rate=2, init="?")
     assert len(str(error.value).splitlines()) == 4
 
 

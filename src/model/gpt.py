@@ -18,6 +18,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        assert config.vocab_size, "the size of the tokenizer is not known yet"
         self.config = config
         device = torch.get_default_device()
         with torch.device("meta"):  # shapes only: every number is drawn once, by init_weights
