@@ -35,6 +35,7 @@ SETTINGS = {  # 12 batches an epoch of 4 windows, 2 epochs
     "accumulation": ("trainer.accumulate_grad_batches=3",),
     "uneven accumulation": ("trainer.accumulate_grad_batches=5",),
     "overlapping windows": ("data.stride=11",),
+    "shifted windows": ("data.stride=11", "data.shift=true"),
     "bounded by steps": ("trainer.max_epochs=null", "trainer.max_steps=19"),
     "few logs": ("trainer.log_every_n_steps=3",),
     "no evaluation": ("trainer.limit_val_batches=0",),
@@ -52,7 +53,7 @@ def interrupt(number: int = signal.SIGTERM):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_interrupted_at_any_step(tiny_run, at_batch, setting, trials):
     """Dropout, shuffling, evaluation, samples and both loggers on."""
-    if not trials.full and setting not in ("plain", "uneven accumulation", "bounded by steps", "workers", "muon"):
+    if not trials.full and setting not in ("plain", "uneven accumulation", "bounded by steps", "shifted windows", "muon"):
         pytest.skip("all of them with --full")
     common = (*WATCHED, "trainer.max_epochs=2", "data.batch_size=4", "eval.every_steps=4", *SETTINGS[setting])
     whole = tiny_run(*common)

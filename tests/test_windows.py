@@ -112,6 +112,24 @@ def test_an_order_of_any_length_begins_anywhere_at_once():
     assert next(iter(SeededSampler(10**15, True, 1))) != first
 
 
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_shifted_windows_start_elsewhere_in_each_epoch(stride):
+    tokens = np.arange(60, dtype=np.uint16)
+    windows = SlidingWindowDataset(tokens, 8, stride, shifts=stride)
+    offsets = set()
+    for epoch in range(60):
+        sampler = SeededSampler(len(windows), True, 7, epoch=epoch, shifts=stride)
+        starts = sorted(int(windows[index][0][0]) for index in sampler)
+        offsets.add(offset := starts[0])
+        assert starts == list(range(offset, offset + stride * len(windows), stride))
+        assert all(windows.start(index) == windows[index][0][0] for index in sampler)
+        assert list(SeededSampler(len(windows), True, 7, epoch=epoch, done=3, shifts=stride)) == list(sampler)[3:]
+        assert epoch or offset == 0
+    assert offsets == set(range(stride))
+    with pytest.raises(IndexError):
+        windows[len(windows) * stride]
+
+
 def test_resumed_order_goes_on_where_it_stopped():
     whole = SeededSampler(20, True, 7)
     whole.set_epoch(3)

@@ -55,6 +55,7 @@ class DataConfig(Config):
     stride: int | None = Field(default=None, ge=1)
     train_ratio: float = Field(default=0.9, gt=0, lt=1)
     shuffle: bool = True
+    shift: bool = False
     num_workers: int = Field(default=0, ge=0)
     special_tokens: Literal["parse", "text"] = "parse"
     seed: int = 123

@@ -95,7 +95,8 @@ class TextDataModule(LightningDataModule):
             assert isinstance(train, ShardTokens) and isinstance(val, ShardTokens)
             self._shard_check = ShardCheck([*train.paths, *val.paths])
         length = self.context_length
-        self.train_windows = SlidingWindowDataset(train, length, self.config.stride or length)
+        stride = self.config.stride or length
+        self.train_windows = SlidingWindowDataset(train, length, stride, stride if self.config.shift else 1)
         self.val_windows = SlidingWindowDataset(val, length, length)
 
     @property
@@ -121,7 +122,8 @@ class TextDataModule(LightningDataModule):
     def _order(self, epoch: int, windows: int) -> SeededSampler:
         """The order of training, from ``epoch`` on without its first ``windows``."""
         config = self.config
-        return SeededSampler(len(self.train_windows), config.shuffle, config.seed, self.step_windows, epoch, windows)
+        of, shifts = len(self.train_windows), self.train_windows.shifts
+        return SeededSampler(of, config.shuffle, config.seed, self.step_windows, epoch, windows, shifts)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self._shard_check.check()
@@ -167,7 +169,13 @@ class TextDataModule(LightningDataModule):
     def fixed_values(self) -> dict[str, Any]:
         """The settings that a resumed run may not change, since its batches depend on them, by override."""
         config = self.config
-        keys = ["batch_size", "train_ratio", "shuffle", *(["special_tokens"] if config.format == "text" else [])]
+        keys = [
+            "batch_size",
+            "train_ratio",
+            "shuffle",
+            "shift",
+            *(["special_tokens"] if config.format == "text" else []),
+        ]
         values = {key: getattr(config, key) for key in keys}
         values |= {"context_length": self.context_length, "stride": config.stride or self.context_length}
         return {
@@ -180,7 +188,7 @@ class TextDataModule(LightningDataModule):
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
         """The place in the training tokens where each window of a batch starts."""
         order = self._order(epoch, batch * self.batch_windows)
-        return [self.train_windows.stride * index for index in islice(order, self.batch_windows)]
+        return [self.train_windows.start(index) for index in islice(order, self.batch_windows)]
 
     def summary(self) -> dict[str, str]:
         """Windows and tokens of each split, and how many of them are evaluated, for the start card."""

@@ -19,7 +19,10 @@ def check_lengths(config: DataConfig, train: int, val: int, accumulate: int, wor
         raise ValueError(
             f"data.path={config.source} has {have}, one window needs context_length + 1 = {length + 1}; use {cure}"
         )
-    windows = len(range(0, train - length, config.stride or length))
+    stride = config.stride or length
+    windows = len(range(0, train - length - (stride - 1 if config.shift else 0), stride))
+    if not windows:
+        raise ValueError(f"data.shift=true leaves no window of data.path={config.source}; use data.shift=false")
     if windows >= config.batch_size * world_size * accumulate:
         return
     parts = {"data.batch_size": config.batch_size, "trainer.accumulate_grad_batches": accumulate}

@@ -20,23 +20,30 @@ class SlidingWindowDataset(Dataset):
     """The windows that start at ``range(0, len(tokens) - context_length, stride)``.
 
     Window ``i`` is the slice ``tokens[i * stride : i * stride + context_length + 1]``, as a pair of inputs and targets
-    one step apart, each ``(context_length,)`` int64. A window is copied when it is read, so windows take no memory
-    beyond the tokens, whatever the stride. ``tokens`` is a one-dimensional array of integers, a memory map, or anything
-    that has a length and whose slices are arrays, such as shards.
+    one step apart, each ``(context_length,)`` int64. With ``shifts``, index ``i + k * len(self)`` is window ``i``
+    shifted by ``k < shifts`` tokens, and only windows that can be shifted so far count. A window is copied when it is
+    read, so windows take no memory beyond the tokens, whatever the stride. ``tokens`` is a one-dimensional array of
+    integers, a memory map, or anything that has a length and whose slices are arrays, such as shards.
     """
 
-    def __init__(self, tokens: np.ndarray | ShardTokens, context_length: int, stride: int) -> None:
+    def __init__(self, tokens: np.ndarray | ShardTokens, context_length: int, stride: int, shifts: int = 1) -> None:
         self.tokens = tokens
         self.context_length = context_length
         self.stride = stride
+        self.shifts = shifts
 
     def __len__(self) -> int:
-        return len(range(0, len(self.tokens) - self.context_length, self.stride))
+        return len(range(0, len(self.tokens) - self.context_length - self.shifts + 1, self.stride))
+
+    def start(self, index: int) -> int:
+        """The place in the tokens where a window starts."""
+        shift, window = divmod(index, len(self))
+        return window * self.stride + shift
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not -len(self) <= index < len(self):
+        if not -len(self) <= index < len(self) * self.shifts:
             raise IndexError(f"window {index} of {len(self)}")
-        start = index % len(self) * self.stride
+        start = self.start(index if index >= 0 else index + len(self))
         window = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
         return window[:-1], window[1:]
 
@@ -50,15 +57,19 @@ class SeededSampler(Sampler[int]):
     """Indices ``0 .. length - 1`` in an order that is a function of ``(seed, epoch)`` alone.
 
     The number of indices in an epoch is a multiple of ``multiple``. The rest is left out, a different one each epoch.
+    From the second epoch on, the windows are shifted by less than ``shifts`` tokens, by as many in the whole epoch.
     A resumed sampler starts in ``epoch`` without its first ``done`` indices. Lightning calls ``set_epoch``.
     """
 
-    def __init__(self, length: int, shuffle: bool, seed: int, multiple: int = 1, epoch: int = 0, done: int = 0) -> None:
+    def __init__(
+        self, length: int, shuffle: bool, seed: int, multiple: int = 1, epoch: int = 0, done: int = 0, shifts: int = 1
+    ) -> None:
         self.length = length
         self.shuffle = shuffle
         self.seed = seed
         self.multiple = multiple
         self.epoch = epoch
+        self.shifts = shifts
         self._start = (epoch, done)
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,10 +81,12 @@ class SeededSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         epoch, done = self._start
         first = done if self.epoch == epoch else 0
+        keys = np.random.SeedSequence([self.seed, self.epoch]).generate_state(ROUNDS + 1, np.uint64)
+        shift = int(keys[ROUNDS] % self.shifts) * self.length if self.epoch else 0
         if not self.shuffle:
-            return iter(range(first, len(self)))
-        keys = np.random.SeedSequence([self.seed, self.epoch]).generate_state(ROUNDS, np.uint64)
-        return islice(shuffled(self.length, keys, first), max(len(self) - first, 0))
+            return iter(range(first + shift, len(self) + shift))
+        order = shuffled(self.length, keys[:ROUNDS], first)
+        return (index + shift for index in islice(order, max(len(self) - first, 0)))
 
 
 def shuffled(length: int, keys: np.ndarray, first: int = 0) -> Iterator[int]:

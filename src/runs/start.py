@@ -244,7 +244,10 @@ def _values(config: TrainConfig) -> dict[str, Any]:
         "seed": config.seed,
         "data.context_length": length,
         "data.stride": data.stride or length,
-        **{f"data.{key}": getattr(data, key) for key in ("batch_size", "train_ratio", "shuffle", "special_tokens")},
+        **{
+            f"data.{key}": getattr(data, key)
+            for key in ("batch_size", "train_ratio", "shuffle", "shift", "special_tokens")
+        },
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.limit_train_batches": 1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
     }
