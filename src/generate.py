@@ -63,6 +63,7 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
     from src.generation.text import check_vocabulary
     from src.interop.weights import build, read_model
     from src.kernels.install import pack_for_decoding
+    from src.tokenizer.encoding import unknown_characters
 
     prompts = [read_stdin() if text == "-" else text for text in config.prompt or ()]
     prompts += [read_prompt(file) for file in config.prompt_file or ()]
@@ -71,6 +72,8 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
     net = build(model.config, model.weights).to(pick_accelerator(config.device, "device"), dtype).eval()
     pack_for_decoding(net)
     check_vocabulary(net, model.tokenizer)
+    if missing := unknown_characters("".join(prompts), model.tokenizer):
+        print(f"not in the tokenizer {model.tokenizer.name}, read as U+FFFD: {missing[:20]!r}", file=sys.stderr)
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  # a text file

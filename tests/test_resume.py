@@ -53,7 +53,13 @@ def interrupt(number: int = signal.SIGTERM):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_interrupted_at_any_step(tiny_run, at_batch, setting, trials):
     """Dropout, shuffling, evaluation, samples and both loggers on."""
-    if not trials.full and setting not in ("plain", "uneven accumulation", "bounded by steps", "shifted windows", "muon"):
+    if not trials.full and setting not in (
+        "plain",
+        "uneven accumulation",
+        "bounded by steps",
+        "shifted windows",
+        "muon",
+    ):
         pytest.skip("all of them with --full")
     common = (*WATCHED, "trainer.max_epochs=2", "data.batch_size=4", "eval.every_steps=4", *SETTINGS[setting])
     whole = tiny_run(*common)

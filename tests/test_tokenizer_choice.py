@@ -21,9 +21,17 @@ from src.generation.text import continue_texts
 from src.interop.tokenizer_files import write_tokenizer
 from src.interop.weights import build, read_model
 from src.prepare import check as check_prepare
-from src.tokenizer.encoding import encode, fingerprint, gpt2_tokenizer, token_ids_to_text, token_ranks
+from src.tokenizer.encoding import (
+    encode,
+    fingerprint,
+    gpt2_tokenizer,
+    token_ids_to_text,
+    token_ranks,
+    unknown_characters,
+)
 from src.tokenizer.pieces import separable
 from src.tokenizer.table import as_dictionary, from_json, make_encoding, portable, to_json
+from src.training.config import TrainConfig
 from tests.conftest import TINY, column
 
 TEXTS = {
@@ -108,8 +116,16 @@ def test_bpe_has_fewer_tokens_than_bytes_and_is_the_same_each_time():
     assert fingerprint(made("bpe")) == fingerprint(made("bpe"))
 
 
+def test_on_a_gpu_the_vocabulary_is_padded():
+    config = TrainConfig(tokenizer={"name": "byte"}, model={"vocab_size": None})
+    assert config.with_vocabulary(257, 64).model.vocab_size == 320
+    assert config.with_vocabulary(257).model.vocab_size == 257
+
+
 def test_a_character_that_is_not_in_the_training_text():
     tokenizer = build_tokenizer(TokenizerConfig(name="char"), ["abc", "\n"])
+    assert unknown_characters("aäbß\n", tokenizer) == "ßä"
+    assert unknown_characters("aäbß\n", gpt2_tokenizer()) == ""
     ids = encode("a<|endoftext|>äb<|endoftext|", tokenizer).tolist()
     end, unknown, a, b = (tokenizer.encode_single_token(one) for one in ("<|endoftext|>", "\ufffd", "a", "b"))
     assert ids[:4] == [a, end, unknown, b]

@@ -76,6 +76,12 @@ def characters_of(tokenizer: tiktoken.Encoding) -> set[str] | None:
     return None if all(bytes([byte]) in tokens for byte in range(256)) else {token.decode() for token in tokens}
 
 
+def unknown_characters(text: str, tokenizer: tiktoken.Encoding) -> str:
+    """The characters of ``text`` that a tokenizer of characters does not have, sorted."""
+    known = characters_of(tokenizer)
+    return "" if known is None else "".join(sorted({*text} - known))
+
+
 @functools.lru_cache
 def _unknown(tokenizer: tiktoken.Encoding) -> tuple[re.Pattern, re.Pattern] | None:
     """What finds the characters that a tokenizer of characters does not have, and with them, second, special tokens,
