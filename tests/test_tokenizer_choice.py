@@ -7,6 +7,7 @@ import re
 
 import pytest
 import tiktoken
+from conftest import TINY, column
 from tiktoken_ext import openai_public
 from transformers import AutoTokenizer
 
@@ -32,7 +33,6 @@ from src.tokenizer.encoding import (
 from src.tokenizer.pieces import separable
 from src.tokenizer.table import as_dictionary, from_json, make_encoding, portable, to_json
 from src.training.config import TrainConfig
-from tests.conftest import TINY, column
 
 TEXTS = {
     "English": "It's the ferry's bell, isn't it? They'll row 1234567 times.\n\n  Two spaces, a tab\tand an end.  ",
