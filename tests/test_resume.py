@@ -35,7 +35,7 @@ SETTINGS = {  # 12 batches an epoch of 4 windows, 2 epochs
     "accumulation": ("trainer.accumulate_grad_batches=3",),
     "uneven accumulation": ("trainer.accumulate_grad_batches=5",),
     "overlapping windows": ("data.stride=11",),
-    "shifted windows": ("data.stride=11", "data.shift=true"),
+    "shifted windows": ("data.stride=11", "data.shift=true", "data.num_workers=2"),
     "bounded by steps": ("trainer.max_epochs=null", "trainer.max_steps=19"),
     "few logs": ("trainer.log_every_n_steps=3",),
     "no evaluation": ("trainer.limit_val_batches=0",),
