@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
 from src.checkpoint.plugin import SealedCheckpointIO
 from src.checkpoint.seal import SealedWriter
-from src.checkpoint.sealed import DamagedError, write_sealed
+from src.checkpoint.storage import DamagedError, write_sealed
 from src.cli.overrides import CONF
 from src.interop.weights import load_weights, read_weights, save_weights
 from src.model.config import GPTConfig
@@ -149,7 +149,7 @@ def test_disk_that_fails_while_writing(tmp_path):
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from src.checkpoint.sealed import write_sealed\n"
+        "from src.checkpoint.storage import write_sealed\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
         "content = {'state_dict': {'weight': torch.zeros(10**6)}}\n"
         "try: write_sealed(content, Path(sys.argv[1], 'last.ckpt'), Path(sys.argv[1], 'previous.ckpt'))\n"

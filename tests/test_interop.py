@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from src.checkpoint.sealed import write_sealed
+from src.checkpoint.storage import write_sealed
 from src.interop.book import write_book
 from src.interop.bundle import MAGIC, read_bundle
 from src.interop.huggingface import write_huggingface

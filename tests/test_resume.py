@@ -116,7 +116,7 @@ def test_sighup_under_nohup_is_ignored(tiny_run, at_batch, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.checkpoint.sealed.torch.load",
+@pytest.mark.parametrize("place", ["src.data.datamodule.read_split", "src.checkpoint.storage.torch.load",
                                    "src.callbacks.text_samples.generate"])  # fmt: skip
 def test_interrupted_while_tokenising_restoring_or_sampling(tiny_run, tmp_path, monkeypatch, place):
     common = (*WATCHED, "data.batch_size=4")

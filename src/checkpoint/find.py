@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from src.checkpoint.pickles import printable
-from src.checkpoint.sealed import DamagedError, read_sealed
+from src.checkpoint.storage import DamagedError, read_sealed
 from src.files import link
 
 log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: Path, key: str = "ckpt_path", unsealed: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint; see :func:`~src.checkpoint.sealed.read_sealed`.
+    """The content of a checkpoint; see :func:`~src.checkpoint.storage.read_sealed`.
 
     Raises:
-        ValueError: as :func:`~src.checkpoint.sealed.read_sealed`, or the file is not a checkpoint with an optimizer.
+        ValueError: as :func:`~src.checkpoint.storage.read_sealed`, or the file is not a checkpoint with an optimizer.
     """
     content = read_sealed(path, key, unsealed)
     if not (isinstance(content, dict) and content.get("optimizer_states") and "hyper_parameters" in content):
@@ -46,7 +46,7 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def newest_good_checkpoint(folder: Path, unsealed: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The undamaged checkpoint of the latest step in ``folder``, with its content. Damaged ones are logged. See
-    :func:`~src.checkpoint.sealed.read_sealed` for ``unsealed``."""
+    :func:`~src.checkpoint.storage.read_sealed` for ``unsealed``."""
     files = [path for path in folder.glob("*.ckpt") if path.is_file()]  # reading a pipe would wait forever
     for path in sorted(files, key=lambda path: (_claimed_step(path), path.name == "last.ckpt"), reverse=True):
         try:

@@ -7,11 +7,11 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from src.checkpoint.find import read_checkpoint
-from src.checkpoint.sealed import write_sealed
+from src.checkpoint.storage import write_sealed
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes and reads checkpoints with :mod:`src.checkpoint.sealed`. A new ``last.ckpt`` leaves the old one as
+    """Writes and reads checkpoints with :mod:`src.checkpoint.storage`. A new ``last.ckpt`` leaves the old one as
     ``previous.ckpt``. ``seconds`` is the time spent writing so far.
 
     Lightning writes through a temporary folder that may lie on another file system, where a rename is not atomic, and

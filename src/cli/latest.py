@@ -74,7 +74,7 @@ def data_of_run(weights: str) -> dict[str, Any]:
     config = read_record(folder).get("config") if folder else None
     data = config.get("data") if isinstance(config, dict) else None
     if data is None and file.suffix == ".ckpt" and file.is_file():
-        from src.checkpoint.sealed import read_sealed  # imports PyTorch
+        from src.checkpoint.storage import read_sealed  # imports PyTorch
 
         content = read_sealed(file, "weights", unsealed=True)
         run = content.get("run") if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.checkpoint.sealed import read_sealed
+from src.checkpoint.storage import read_sealed
 from src.files import write_json
 from src.interop.checks import check_tensors, config_of
 from src.interop.locate import HUGGINGFACE_FILES, read_json

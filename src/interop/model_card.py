@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from src.checkpoint.sealed import printable
+from src.checkpoint.storage import printable
 from src.interop.names import empty_model
 from src.model.config import GPTConfig
 

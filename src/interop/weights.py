@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.find import newest_good_checkpoint
-from src.checkpoint.sealed import DamagedError, printable, read_sealed, write_sealed
+from src.checkpoint.storage import DamagedError, printable, read_sealed, write_sealed
 from src.interop.book import is_book, read_book
 from src.interop.hub import fetch
 from src.interop.huggingface import read_huggingface
