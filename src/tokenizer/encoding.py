@@ -98,6 +98,7 @@ def token_dtype(tokenizer: tiktoken.Encoding) -> type[np.unsignedinteger]:
     return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
+@functools.lru_cache
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     """A hash of everything that decides how ``tokenizer`` encodes: its pattern, its tokens and its special tokens."""
     special = {token: tokenizer.encode_single_token(token) for token in tokenizer.special_tokens_set}

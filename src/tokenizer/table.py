@@ -1,5 +1,6 @@
 """A tokenizer as the ``tokenizer.json`` of Hugging Face's ``tokenizers``: in runs, checkpoints, shards and exports."""
 
+import functools
 import itertools
 import json
 import re
@@ -25,6 +26,7 @@ def make_encoding(ranks: dict[bytes, int], pattern: str, special: dict[str, int]
     return tiktoken.Encoding(full, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+@functools.lru_cache
 def to_json(tokenizer: tiktoken.Encoding) -> str | None:
     """The content of ``tokenizer.json`` for ``tokenizer``; None for GPT-2's, which is packaged."""
     if fingerprint(tokenizer) == fingerprint(gpt2_tokenizer()):
