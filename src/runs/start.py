@@ -216,7 +216,8 @@ def _other_optimizer(config: TrainConfig, checkpoint: dict[str, Any], path: Path
 
 def _other_values(config: TrainConfig, checkpoint: dict[str, Any], path: Path, devices: int) -> list[str]:
     """How the data or the windows of a step differ from those of the checkpoint at ``path``, a line each."""
-    before, devices_before = checkpoint.get("fixed_values", {}), checkpoint.get("processes", 1)
+    before = {"data.shift": False, **checkpoint.get("fixed_values", {})}  # which earlier versions did not have
+    devices_before = checkpoint.get("processes", 1)
     now = _values(config)
     batch = ("data.batch_size", "trainer.accumulate_grad_batches")
     step = math.prod(now[key] for key in batch) * devices  # windows
