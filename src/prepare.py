@@ -13,6 +13,7 @@ from src.cli import app
 from src.cli.overrides import CONF
 from src.cli.typed import typed
 from src.data.config import PrepareConfig
+from src.data.manifest import Part, unfinished_parts
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def check(cfg: DictConfig) -> PrepareConfig:
 
     found = []
     try:
-        find_sources(config.paths)
+        Part.parse(config.part).of(find_sources(config.paths))
     except ValueError as error:
         found.append(str(error))
     try:
@@ -64,7 +65,8 @@ def prepare(cfg: DictConfig) -> None:
     from src.data.prepare import prepare_shards
     from src.data.progress import progress
 
-    sizes = [size_of(file) for file in find_sources(config.paths)]
+    part = Part.parse(config.part)
+    sizes = [size_of(file) for file in part.of(find_sources(config.paths))]
     total = None if config.max_tokens or None in sizes else sum(size or 0 for size in sizes)
     with progress("tokenising", total, "bytes") as advance:
         manifest = prepare_shards(config, advance=advance)
@@ -72,7 +74,11 @@ def prepare(cfg: DictConfig) -> None:
         log.info("%s  %s tokens", shard["file"], f"{shard['tokens']:,}")
     counts = ", ".join(f"{manifest[key]:,} {key}" for key in ("tokens", "documents", "characters"))
     skipped = f", {manifest['skipped']:,} skipped ({config.text_key} is null)" if manifest["skipped"] else ""
-    print(f"{config.output}: {len(manifest['shards']):,} shards, {counts}{skipped}")
+    which, left = "", ""
+    if part.count > 1:
+        missing = len(unfinished_parts(Path(config.output).expanduser()))
+        which, left = f", part {part}", f", {part.count - missing} of {part.count} parts complete"
+    print(f"{config.output}{which}: {len(manifest['shards']):,} shards, {counts}{skipped}{left}")
 
 
 if __name__ == "__main__":

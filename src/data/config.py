@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
+from src.data.manifest import Part
 
 SIZES = {"gpt2": 50257, "byte": 257, "cl100k_base": 100277, "o200k_base": 200019}
 
@@ -92,11 +93,13 @@ class PrepareConfig(Config):
     special_tokens: Literal["parse", "text"] = "parse"
     tokenizer: TokenizerConfig = TokenizerConfig()
     workers: int | None = Field(default=None, ge=1)  # None: one per core
+    part: str | None = None  # 3/16: the third of 16 parts of the files
 
     @model_validator(mode="after")
     def _shards_can_have_the_name_and_tokens(self) -> "PrepareConfig":
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name={self.name} is not a file name; use name=my_text")
+        Part.parse(self.part)
         if self.tokenizer.name in ("char", "bpe"):
             raise ValueError(
                 f"tokenizer={self.tokenizer.name} is made from a training text, which shards do not have yet; use "
