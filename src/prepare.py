@@ -33,7 +33,8 @@ def check(cfg: DictConfig) -> PrepareConfig:
     except ValueError as error:
         found.append(str(error))
     try:
-        app.check_output(Path(config.output).expanduser())
+        if not config.dry_run:
+            app.check_output(config.folder)
     except ValueError as error:
         found.append(str(error))
     if found:
@@ -55,19 +56,25 @@ def _config(cfg: DictConfig) -> PrepareConfig:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Make the shards that ``cfg`` asks for.
+    """Make the shards that ``cfg`` asks for, or print what is in their text.
 
     Raises:
         ValueError: the problems of the config, and those of :func:`~src.data.prepare.prepare_shards`.
     """
     config = check(cfg)
     from src.data.documents import find_sources, size_of
-    from src.data.prepare import prepare_shards
+    from src.data.prepare import prepare_shards, read_facts
     from src.data.progress import progress
 
     part = Part.parse(config.part)
     sizes = [size_of(file) for file in part.of(find_sources(config.paths))]
     total = None if config.max_tokens or None in sizes else sum(size or 0 for size in sizes)
+    if config.dry_run:
+        with progress("reading", total, "bytes") as advance:
+            facts = read_facts(config, advance)
+        for key, value in facts.described().items():
+            print(f"{key:10}  {value}")
+        return
     with progress("tokenising", total, "bytes") as advance:
         manifest = prepare_shards(config, advance=advance)
     for shard in manifest["shards"]:
@@ -76,7 +83,7 @@ def prepare(cfg: DictConfig) -> None:
     skipped = f", {manifest['skipped']:,} skipped ({config.text_key} is null)" if manifest["skipped"] else ""
     which, left = "", ""
     if part.count > 1:
-        missing = len(unfinished_parts(Path(config.output).expanduser()))
+        missing = len(unfinished_parts(config.folder))
         which, left = f", part {part}", f", {part.count - missing} of {part.count} parts complete"
     print(f"{config.output}{which}: {len(manifest['shards']):,} shards, {counts}{skipped}{left}")
 

@@ -1,25 +1,27 @@
 """Files of any size made into shards of tokens: read as a stream, tokenised on all cores, written in order."""
 
 import itertools
-import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 from filelock import Timeout
 
 from src.data.config import PrepareConfig
 from src.data.documents import find_sources, read_documents, size_of
+from src.data.facts import Facts
 from src.data.lock import locked
-from src.data.manifest import MANIFEST, WHOLE, Part, join_parts, parts_in, read_manifest
+from src.data.manifest import MANIFEST, Part, join_parts, read_manifest
+from src.data.output_folder import described, manifest_for
 from src.data.pipeline import CHUNK, START, Chunk, tokenise
 from src.data.progress import Progress
 from src.data.remote import RemoteFile
-from src.data.shard_writer import SAVE_EVERY, ShardWriter, new_manifest
-from src.data.shards import HEADER
+from src.data.shard_writer import SAVE_EVERY, ShardWriter
 from src.data.tokenizers import build_tokenizer
 from src.tokenizer import encode, separable
 from src.tokenizer.table import FILE, to_json
@@ -56,7 +58,7 @@ def prepare_shards(
             f"tokenizer={tokenizer.name} has {tokenizer.n_vocab:,} tokens, the 16 bits of a shard's tokens hold "
             f"{2**16:,}; use tokenizer=gpt2"
         )
-    sources, folder = find_sources(config.paths), Path(config.output).expanduser()
+    sources, folder = find_sources(config.paths), config.folder
     part = Part.parse(config.part)
     files, fetched = part.of(sources), folder / f"{FETCHED}{part.suffix}"
     new_folders = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -64,7 +66,7 @@ def prepare_shards(
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / f".lock{part.suffix}"):
             with locked(folder / PARTS, f"begins in {folder}"):
-                manifest = _manifest(config, sources, folder, tokenizer)
+                manifest = manifest_for(config, sources, folder, tokenizer)
                 if part.count > 1 and not manifest["complete"]:
                     (folder / MANIFEST).unlink(missing_ok=True)
                 shards = ShardWriter(folder, manifest, save_every, part=part)
@@ -99,22 +101,15 @@ def _fill(
     tokenizer: tiktoken.Encoding,
     fetched: Path,
 ) -> None:
-    most = None if config.max_tokens is None else -(-config.max_tokens // shards.which.count)
+    most = _share_of_max_tokens(config)
+    room = None if most is None else most - shards.counts["tokens"]
     try:
         written = 0
-        for chunk, tokens in tokenised:
-            room = None if most is None else most - shards.counts["tokens"]
-            if end := _first_document_after(chunk, len(tokens), room, tokenizer, config.special_tokens):
-                pieces, count = end
-                skipped = tuple(before for before in chunk.skipped if before <= pieces)
-                shards.add(Chunk(chunk.pieces[:pieces], (len(files), 0, 0), skipped), tokens[:count])
-                break
+        for chunk, tokens in _limited(tokenised, room, tokenizer, config.special_tokens, len(files)):
             shards.add(chunk, tokens)
-            for file in files[written : shards.end[0]]:
-                if isinstance(file, RemoteFile):
-                    file.place(fetched).unlink(missing_ok=True)
+            _remove(files[written : shards.end[0]], fetched)
             written = shards.end[0]
-        if _described(files) != shards.manifest["sources"]:
+        if described(files) != shards.manifest["sources"]:
             raise ValueError(f"source={config.paths[0]} changed while it was read; use output=<a new folder>")
         may_be_empty = shards.which.count > 1 and shards.val_tokens == 0
         if not may_be_empty and (problem := _too_little(config.val_tokens, **shards.counts)):
@@ -129,6 +124,54 @@ def _fill(
         raise
     finally:
         shards.close()
+
+
+def read_facts(config: PrepareConfig, advance: Progress = lambda size: None, chunk: int = CHUNK) -> Facts:
+    """What is in the text of which :func:`prepare_shards` would make shards. Nothing is written, except for one remote
+    file at a time in a temporary folder.
+
+    Raises:
+        ValueError: sources that cannot be read.
+    """
+    tokenizer, files = build_tokenizer(config.tokenizer), Part.parse(config.part).of(find_sources(config.paths))
+    facts, read, most = Facts(), 0, _share_of_max_tokens(config)
+    with tempfile.TemporaryDirectory() as folder:
+        chunks = _chunks(files, config.text_key, START, chunk, advance, tokenizer, Path(folder))
+        tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
+        for one, tokens in _limited(tokenised, most, tokenizer, config.special_tokens, len(files)):
+            facts.add(one.pieces, len(tokens), len(one.skipped))
+            _remove(files[read : one.end[0]], Path(folder))
+            read = one.end[0]
+    return facts.finish()
+
+
+def _share_of_max_tokens(config: PrepareConfig) -> int | None:
+    return None if config.max_tokens is None else -(-config.max_tokens // Part.parse(config.part).count)
+
+
+def _remove(files: list[Path | RemoteFile], fetched: Path) -> None:
+    for file in files:
+        if isinstance(file, RemoteFile):
+            file.place(fetched).unlink(missing_ok=True)
+
+
+def _limited(
+    tokenised: Iterable[tuple[Chunk, np.ndarray]],
+    room: int | None,
+    tokenizer: tiktoken.Encoding,
+    special_tokens: str,
+    files: int,
+) -> Iterator[tuple[Chunk, np.ndarray]]:
+    """``tokenised`` up to the document in which its tokens reach ``room``; the end of the last chunk is that of all
+    ``files``."""
+    for chunk, tokens in tokenised:
+        if end := _first_document_after(chunk, len(tokens), room, tokenizer, special_tokens):
+            pieces, count = end
+            skipped = tuple(before for before in chunk.skipped if before <= pieces)
+            yield Chunk(chunk.pieces[:pieces], (files, 0, 0), skipped), tokens[:count]
+            return
+        yield chunk, tokens
+        room = None if room is None else room - len(tokens)
 
 
 def _first_document_after(
@@ -195,73 +238,3 @@ def _from(pieces: Iterable[str], first: int, size: int) -> Iterator[str]:
         for start in range(first, len(piece), size):
             yield piece[start : start + size]
         first = max(first - len(piece), 0)
-
-
-def _manifest(
-    config: PrepareConfig, sources: list[Path | RemoteFile], folder: Path, tokenizer: tiktoken.Encoding
-) -> dict[str, Any]:
-    """The manifest of what ``folder`` is to hold: the one in it if there is one, else a new one."""
-    part = Part.parse(config.part)
-    keys = "text_key", "shard_tokens", "val_tokens", "max_tokens", "special_tokens"
-    settings = {"name": config.name or folder.resolve().name, **{key: getattr(config, key) for key in keys}}
-    settings["part"] = None if part.count == 1 else f"<number>/{part.count}"
-    new = new_manifest(settings, tokenizer, _described(part.of(sources)))
-    begun = {one: read_manifest(folder, one) for one in (part, *parts_in(folder))}
-    found = {one: manifest for one, manifest in begun.items() if manifest is not None}
-    problem = None if found else _foreign_files(folder)
-    for manifest in found.values():
-        problem = problem or _difference(manifest, new)
-    if problem:
-        raise ValueError(f"output={folder} {problem}; use output=<a new folder>")
-    for key, value in settings.items():
-        for manifest in found.values():
-            asked, there = ("null" if v is None else v for v in (value, manifest["settings"].get(key)))
-            if asked != there:
-                raise ValueError(
-                    f"{key}={asked} is not what output={folder} was begun with; use {key}={there}, or "
-                    f"output=<a new folder>"
-                )
-    for one, manifest in found.items():
-        known, now = manifest["sources"], _described(one.of(sources))
-        if one != part:  # whether the files of another part have changed is for that part to find out
-            known, now = ([{"file": source["file"]} for source in described] for described in (known, now))
-        if problem := _other_sources(known, now) or (one == part and _lost(manifest, folder)):
-            again = f"rm {folder / one.manifest} and repeat the command, or " if one == part != WHOLE else ""
-            raise ValueError(f"output={folder} {problem}; use {again}output=<a new folder>")
-    return found.get(part, new)
-
-
-def _foreign_files(folder: Path) -> str | None:
-    left = re.compile(r"manifest(-\d+-of-\d+)?\.json\.part")  # by a process that was killed
-    others = sorted(file.name for file in folder.iterdir() if not (file.name[0] == "." or left.fullmatch(file.name)))
-    return f"holds something else ({', '.join(others[:3])})" if others else None
-
-
-def _difference(found: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Why the manifest ``found`` cannot be continued as ``new``, whatever the settings and the sources."""
-    if not found.keys() >= new.keys() - {"part", "end"}:
-        return f"has a {MANIFEST} of another program or version"
-    return None if found["tokenizer"] == new["tokenizer"] else "was begun with another tokenizer"
-
-
-def _other_sources(known: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None:
-    if changed := [source["file"] for source in now if source not in known]:
-        return f"was begun with other sources, {changed[0]} is new or has changed"
-    return None if known == now else "was begun with more sources or in another order"
-
-
-def _lost(manifest: dict[str, Any], folder: Path) -> str | None:
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file() or path.stat().st_size != HEADER + 2 * shard["tokens"]:
-            return f"has lost {path.name} or a part of it"
-    return None
-
-
-def _described(files: list[Path | RemoteFile]) -> list[dict[str, Any]]:
-    return [file.described if isinstance(file, RemoteFile) else _described_locally(file) for file in files]
-
-
-def _described_locally(file: Path) -> dict[str, Any]:
-    stat = file.stat()
-    return {"file": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
