@@ -13,6 +13,7 @@ from src.cli import app
 from src.cli.overrides import CONF
 from src.cli.typed import typed
 from src.data.config import PrepareConfig
+from src.data.manifest import Part, unfinished_parts
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,12 @@ def check(cfg: DictConfig) -> PrepareConfig:
 
     found = []
     try:
-        find_sources(config.paths)
+        Part.parse(config.part).of(find_sources(config.paths))
     except ValueError as error:
         found.append(str(error))
     try:
-        app.check_output(Path(config.output).expanduser())
+        if not config.dry_run:
+            app.check_output(config.folder)
     except ValueError as error:
         found.append(str(error))
     if found:
@@ -54,25 +56,36 @@ def _config(cfg: DictConfig) -> PrepareConfig:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Make the shards that ``cfg`` asks for.
+    """Make the shards that ``cfg`` asks for, or print what is in their text.
 
     Raises:
         ValueError: the problems of the config, and those of :func:`~src.data.prepare.prepare_shards`.
     """
     config = check(cfg)
     from src.data.documents import find_sources, size_of
-    from src.data.prepare import prepare_shards
+    from src.data.prepare import prepare_shards, read_facts
     from src.data.progress import progress
 
-    sizes = [size_of(file) for file in find_sources(config.paths)]
+    part = Part.parse(config.part)
+    sizes = [size_of(file) for file in part.of(find_sources(config.paths))]
     total = None if config.max_tokens or None in sizes else sum(size or 0 for size in sizes)
+    if config.dry_run:
+        with progress("reading", total, "bytes") as advance:
+            facts = read_facts(config, advance)
+        for key, value in facts.described().items():
+            print(f"{key:10}  {value}")
+        return
     with progress("tokenising", total, "bytes") as advance:
         manifest = prepare_shards(config, advance=advance)
     for shard in manifest["shards"]:
         log.info("%s  %s tokens", shard["file"], f"{shard['tokens']:,}")
     counts = ", ".join(f"{manifest[key]:,} {key}" for key in ("tokens", "documents", "characters"))
     skipped = f", {manifest['skipped']:,} skipped ({config.text_key} is null)" if manifest["skipped"] else ""
-    print(f"{config.output}: {len(manifest['shards']):,} shards, {counts}{skipped}")
+    which, left = "", ""
+    if part.count > 1:
+        missing = len(unfinished_parts(config.folder))
+        which, left = f", part {part}", f", {part.count - missing} of {part.count} parts complete"
+    print(f"{config.output}{which}: {len(manifest['shards']):,} shards, {counts}{skipped}{left}")
 
 
 if __name__ == "__main__":

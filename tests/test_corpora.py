@@ -9,6 +9,7 @@ import io
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,8 +24,9 @@ from src import prepare as door
 from src.cli.overrides import CONF, compose
 from src.data import hub, shard_writer
 from src.data.config import DataConfig, PrepareConfig
+from src.data.manifest import MANIFEST
 from src.data.prepare import FETCHED, prepare_shards
-from src.data.shards import HEADER, MANIFEST, header
+from src.data.shards import HEADER, header
 from src.data.tokens import read_split
 from src.tokenizer import encode, gpt2_tokenizer
 
@@ -268,6 +270,21 @@ def test_after_a_kill_or_a_dead_connection_no_finished_file_is_fetched_again(tmp
     assert fetched(served) == ["d.jsonl"]
     assert shards_in(tmp_path / "cut") == shards_in(tmp_path / "whole")
     assert most <= 2
+
+
+def test_parts_at_once_fetch_each_file_once(tmp_path, served):
+    served.files = files_of([f"{part}.jsonl" for part in "abcd"])
+    source = "hf://datasets/some/texts/*.jsonl"
+    for part in "1/2", "2/2":
+        prepare_shards(config(source, tmp_path / "in_turns", part=part))
+    served.asked.clear()
+    with ThreadPoolExecutor(2) as pool:
+        parts = [config(source, tmp_path / "at_once", part=part) for part in ("1/2", "2/2")]
+        assert [manifest["documents"] for manifest in pool.map(prepare_shards, parts)] == [6, 6]
+    assert sorted(fetched(served)) == ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"]
+    assert shards_in(tmp_path / "at_once") == shards_in(tmp_path / "in_turns")
+    assert manifest_in(tmp_path / "at_once") == manifest_in(tmp_path / "in_turns")
+    assert not list((tmp_path / "at_once").glob(".*"))
 
 
 GATED = {"X-Error-Code": "GatedRepo"}

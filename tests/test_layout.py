@@ -149,7 +149,7 @@ LONG = {
     "src/cli/overrides.py",  # all that can be wrong with an override
     "src/data/datamodule.py",  # the whole path of one batch
     "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
-    "src/data/prepare.py",  # from files to shards, and whether a folder may be continued
+    "src/data/prepare.py",  # from files to shards, and from files to facts
     "src/data/shard_writer.py",  # one writer, and all that a kill may leave
     "src/data/shards.py",  # one format, read and checked
     "src/data/windows.py",  # windows, their order, and each rank's part of it

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from src.cli.overrides import CONF
 from src.data import documents, prepare, progress, shard_writer
 from src.data.config import PrepareConfig
+from src.data.manifest import MANIFEST
 from src.data.pipeline import merged
 from src.data.prepare import prepare_shards
-from src.data.shards import HEADER, MAGIC, MANIFEST, read_shards
+from src.data.shards import HEADER, MAGIC, read_shards
 from src.tokenizer import encode, gpt2_tokenizer
 
 TEXTS = [

@@ -15,9 +15,10 @@ from src.checkpoint.interruption import Interrupted
 from src.data import shard_check, shards
 from src.data.config import PrepareConfig
 from src.data.datamodule import TextDataModule
+from src.data.manifest import MANIFEST
 from src.data.prepare import prepare_shards
 from src.data.shard_check import ShardCheck
-from src.data.shards import MANIFEST, ShardTokens, header, read_shards
+from src.data.shards import ShardTokens, header, read_shards
 from src.data.windows import SlidingWindowDataset
 from src.tokenizer import gpt2_tokenizer
 

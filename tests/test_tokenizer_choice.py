@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from src.cli.overrides import compose
 from src.data.config import PrepareConfig, TokenizerConfig
+from src.data.manifest import read_manifest
 from src.data.prepare import prepare_shards
-from src.data.shards import read_manifest
 from src.data.tokenizers import build_tokenizer
 from src.export import export
 from src.generation.config import GenerationConfig

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
+from src.data.manifest import Part
 
 SIZES = {"gpt2": 50257, "byte": 257, "cl100k_base": 100277, "o200k_base": 200019}
 
@@ -84,7 +85,7 @@ class PrepareConfig(Config):
     model_config = ConfigDict(extra="allow")
 
     source: str | list[str] = Field(examples=["<a file, folder, glob pattern or list of them>"], min_length=1)
-    output: str = "my_shards"
+    output: str | None = "my_shards"
     name: str | None = Field(default=None, examples=["my_text"])
     text_key: str = "text"
     shard_tokens: int = Field(default=100_000_000, ge=1, lt=2**31)  # the header counts in 32 bits
@@ -93,17 +94,27 @@ class PrepareConfig(Config):
     special_tokens: Literal["parse", "text"] = "parse"
     tokenizer: TokenizerConfig = TokenizerConfig()
     workers: int | None = Field(default=None, ge=1)  # None: one per core
+    part: str | None = None  # 3/16: the third of 16 parts of the files
+    dry_run: bool = False
 
     @model_validator(mode="after")
     def _shards_can_have_the_name_and_tokens(self) -> "PrepareConfig":
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name={self.name} is not a file name; use name=my_text")
+        if self.output is None and not self.dry_run:
+            raise ValueError("output is needed; use output=my_shards")
+        Part.parse(self.part)
         if self.tokenizer.name in ("char", "bpe"):
             raise ValueError(
                 f"tokenizer={self.tokenizer.name} is made from a training text, which shards do not have yet; use "
                 f"tokenizer=file tokenizer.path=<the tokenizer.json of a run with it>, or tokenizer=gpt2"
             )
         return self
+
+    @property
+    def folder(self) -> Path:
+        assert self.output is not None
+        return Path(self.output).expanduser()
 
     @property
     def paths(self) -> list[str]:

@@ -11,7 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from src.data.config import DataConfig, TokenizerConfig
+from src.data.corpus import Corpus
+from src.data.facts import facts_of
 from src.data.lengths import check_lengths
+from src.data.overlap import described_overlap
 from src.data.shard_check import ShardCheck
 from src.data.shards import ShardTokens
 from src.data.tokens import read_split
@@ -71,6 +74,7 @@ class TextDataModule(LightningDataModule):
         self.accumulate = accumulate
         self.rank, self.world_size = rank, world_size
         self.corpus_sha256: str | None = None
+        self._corpus: Corpus | None = None
         self.train_windows: SlidingWindowDataset  # made by setup
         self.val_windows: SlidingWindowDataset
         self._sampler: SeededSampler  # made by train_dataloader
@@ -87,7 +91,7 @@ class TextDataModule(LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
         if self.corpus_sha256 is not None:
             return
-        train, val, self.corpus_sha256, self.tokenizer = read_split(
+        train, val, self.corpus_sha256, self.tokenizer, self._corpus = read_split(
             self.config, self._tokenizer, self.config.train_ratio
         )
         check_lengths(self.config, len(train), len(val), self.accumulate, self.world_size)
@@ -191,7 +195,8 @@ class TextDataModule(LightningDataModule):
         return [self.train_windows.start(index) for index in islice(order, self.batch_windows)]
 
     def summary(self) -> dict[str, str]:
-        """Windows and tokens of each split, and how many of them are evaluated, for the start card."""
+        """What is in the text, windows and tokens of each split, and how many of them are evaluated, for the start
+        card."""
         splits = {"val": self.val_windows, "train": self.train_windows}
         length, scored = self.context_length, []
         for (name, windows), chosen in zip(splits.items(), self.eval_windows(), strict=True):
@@ -199,10 +204,15 @@ class TextDataModule(LightningDataModule):
             scored.append(f"{every}{len(chosen):,} {name} windows ({len(chosen) * length:,} tokens)")
         train, batches = self.train_windows, self.steps_per_epoch * self.accumulate
         seen = self.steps_per_epoch * self.step_windows * length / len(train.tokens)
+        val, facts = self.val_windows, {}
+        if self._corpus is not None:
+            facts = facts_of(self._corpus, len(train.tokens) + len(val.tokens))
         return {
+            **facts,
             "train": f"{len(train):,} windows in {batches:,} batches, {len(train.tokens):,} tokens, "
             f"each seen {seen:.2f} times per epoch on average",
-            "val": f"{len(self.val_windows):,} windows, {len(self.val_windows.tokens):,} tokens",
+            "val": f"{len(val):,} windows, {len(val.tokens):,} tokens; "
+            f"{described_overlap(train.tokens, val.tokens, length)}",
             "tokenizer": f"{self.tokenizer.name}, {self.tokenizer.n_vocab:,} tokens",
             "evaluation": " and ".join(scored),
         }

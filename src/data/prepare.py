@@ -2,27 +2,32 @@
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 from filelock import Timeout
 
 from src.data.config import PrepareConfig
 from src.data.documents import find_sources, read_documents, size_of
+from src.data.facts import Facts
 from src.data.lock import locked
+from src.data.manifest import MANIFEST, Part, join_parts, read_manifest
+from src.data.output_folder import described, manifest_for
 from src.data.pipeline import CHUNK, START, Chunk, tokenise
 from src.data.progress import Progress
 from src.data.remote import RemoteFile
-from src.data.shard_writer import SAVE_EVERY, ShardWriter, new_manifest
-from src.data.shards import HEADER, MANIFEST, read_manifest
+from src.data.shard_writer import SAVE_EVERY, ShardWriter
 from src.data.tokenizers import build_tokenizer
 from src.tokenizer import encode, separable
 from src.tokenizer.table import FILE, to_json
 
 FETCHED = ".fetched"  # a folder beside the shards: the remote file under way, and the next one
+PARTS = ".lock-parts"  # held while a part begins or ends
 
 
 def prepare_shards(
@@ -40,6 +45,10 @@ def prepare_shards(
     if the validation shard is not full. Documents whose text is null are skipped and counted. ``advance`` takes the
     bytes of the sources as they are read.
 
+    With ``part=3/16`` the third of 16 parts of the files is made, which other processes need not wait for. The first
+    part alone has a validation shard, and each ends at its share of ``max_tokens``. The last part to be complete writes
+    the manifest of all.
+
     Raises:
         ValueError: sources that cannot be read; a folder that holds something else, or is in use; a full disk.
     """
@@ -49,27 +58,36 @@ def prepare_shards(
             f"tokenizer={tokenizer.name} has {tokenizer.n_vocab:,} tokens, the 16 bits of a shard's tokens hold "
             f"{2**16:,}; use tokenizer=gpt2"
         )
-    files, folder = find_sources(config.paths), Path(config.output).expanduser()
+    sources, folder = find_sources(config.paths), config.folder
+    part = Part.parse(config.part)
+    files, fetched = part.of(sources), folder / f"{FETCHED}{part.suffix}"
     new_folders = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
-            shards = ShardWriter(folder, _manifest(config, files, folder, tokenizer), save_every)
+        with locked(folder / f".lock{part.suffix}"):
+            with locked(folder / PARTS, f"begins in {folder}"):
+                manifest = manifest_for(config, sources, folder, tokenizer)
+                if part.count > 1 and not manifest["complete"]:
+                    (folder / MANIFEST).unlink(missing_ok=True)
+                shards = ShardWriter(folder, manifest, save_every, part=part)
             if not shards.manifest["complete"]:
-                chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer, folder / FETCHED)
+                chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer, fetched)
                 tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
-                _fill(shards, tokenised, config, files, tokenizer)
+                _fill(shards, tokenised, config, files, tokenizer, fetched)
+            with locked(folder / PARTS, f"ends in {folder}"):
+                join_parts(folder)
         return shards.manifest
     except Timeout:
-        raise ValueError(f"output={folder} is in use by another process; use output=<a new folder>") from None
+        what = f"output={folder}" if part.count == 1 else f"part={part} of output={folder}"
+        raise ValueError(f"{what} is in use by another process; use output=<a new folder>") from None
     except OSError as error:
         raise ValueError(
             f"output={folder} cannot be written to ({error.strerror}); free some space and repeat the command, which "
             f"continues, or use output=<a folder elsewhere>"
         ) from error
     finally:
-        if not (folder / MANIFEST).is_file() or (read_manifest(folder) or {}).get("complete"):
-            shutil.rmtree(folder / FETCHED, ignore_errors=True)
+        if not (folder / part.manifest).is_file() or (read_manifest(folder, part) or {}).get("complete"):
+            shutil.rmtree(fetched, ignore_errors=True)
         with suppress(OSError):  # stops at the first that is not empty
             for place in new_folders:
                 place.rmdir()
@@ -81,24 +99,20 @@ def _fill(
     config: PrepareConfig,
     files: list[Path | RemoteFile],
     tokenizer: tiktoken.Encoding,
+    fetched: Path,
 ) -> None:
+    most = _share_of_max_tokens(config)
+    room = None if most is None else most - shards.counts["tokens"]
     try:
         written = 0
-        for chunk, tokens in tokenised:
-            room = None if config.max_tokens is None else config.max_tokens - shards.counts["tokens"]
-            if end := _first_document_after(chunk, len(tokens), room, tokenizer, config.special_tokens):
-                pieces, count = end
-                skipped = tuple(before for before in chunk.skipped if before <= pieces)
-                shards.add(Chunk(chunk.pieces[:pieces], (len(files), 0, 0), skipped), tokens[:count])
-                break
+        for chunk, tokens in _limited(tokenised, room, tokenizer, config.special_tokens, len(files)):
             shards.add(chunk, tokens)
-            for file in files[written : shards.end[0]]:
-                if isinstance(file, RemoteFile):
-                    file.place(shards.folder / FETCHED).unlink(missing_ok=True)
+            _remove(files[written : shards.end[0]], fetched)
             written = shards.end[0]
-        if _described(files) != shards.manifest["sources"]:
+        if described(files) != shards.manifest["sources"]:
             raise ValueError(f"source={config.paths[0]} changed while it was read; use output=<a new folder>")
-        if problem := _too_little(config.val_tokens, **shards.counts):
+        may_be_empty = shards.which.count > 1 and shards.val_tokens == 0
+        if not may_be_empty and (problem := _too_little(config.val_tokens, **shards.counts)):
             shards.discard()
             raise ValueError(problem)
         if table := to_json(tokenizer):
@@ -110,6 +124,54 @@ def _fill(
         raise
     finally:
         shards.close()
+
+
+def read_facts(config: PrepareConfig, advance: Progress = lambda size: None, chunk: int = CHUNK) -> Facts:
+    """What is in the text of which :func:`prepare_shards` would make shards. Nothing is written, except for one remote
+    file at a time in a temporary folder.
+
+    Raises:
+        ValueError: sources that cannot be read.
+    """
+    tokenizer, files = build_tokenizer(config.tokenizer), Part.parse(config.part).of(find_sources(config.paths))
+    facts, read, most = Facts(), 0, _share_of_max_tokens(config)
+    with tempfile.TemporaryDirectory() as folder:
+        chunks = _chunks(files, config.text_key, START, chunk, advance, tokenizer, Path(folder))
+        tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
+        for one, tokens in _limited(tokenised, most, tokenizer, config.special_tokens, len(files)):
+            facts.add(one.pieces, len(tokens), len(one.skipped))
+            _remove(files[read : one.end[0]], Path(folder))
+            read = one.end[0]
+    return facts.finish()
+
+
+def _share_of_max_tokens(config: PrepareConfig) -> int | None:
+    return None if config.max_tokens is None else -(-config.max_tokens // Part.parse(config.part).count)
+
+
+def _remove(files: list[Path | RemoteFile], fetched: Path) -> None:
+    for file in files:
+        if isinstance(file, RemoteFile):
+            file.place(fetched).unlink(missing_ok=True)
+
+
+def _limited(
+    tokenised: Iterable[tuple[Chunk, np.ndarray]],
+    room: int | None,
+    tokenizer: tiktoken.Encoding,
+    special_tokens: str,
+    files: int,
+) -> Iterator[tuple[Chunk, np.ndarray]]:
+    """``tokenised`` up to the document in which its tokens reach ``room``; the end of the last chunk is that of all
+    ``files``."""
+    for chunk, tokens in tokenised:
+        if end := _first_document_after(chunk, len(tokens), room, tokenizer, special_tokens):
+            pieces, count = end
+            skipped = tuple(before for before in chunk.skipped if before <= pieces)
+            yield Chunk(chunk.pieces[:pieces], (files, 0, 0), skipped), tokens[:count]
+            return
+        yield chunk, tokens
+        room = None if room is None else room - len(tokens)
 
 
 def _first_document_after(
@@ -176,55 +238,3 @@ def _from(pieces: Iterable[str], first: int, size: int) -> Iterator[str]:
         for start in range(first, len(piece), size):
             yield piece[start : start + size]
         first = max(first - len(piece), 0)
-
-
-def _manifest(
-    config: PrepareConfig, files: list[Path | RemoteFile], folder: Path, tokenizer: tiktoken.Encoding
-) -> dict[str, Any]:
-    """The manifest of what ``folder`` is to hold: the one in it if there is one, else a new one."""
-    keys = "text_key", "shard_tokens", "val_tokens", "max_tokens", "special_tokens"
-    settings = {"name": config.name or folder.resolve().name, **{key: getattr(config, key) for key in keys}}
-    new = new_manifest(settings, tokenizer, _described(files))
-    found = read_manifest(folder)
-    problem = _foreign_files(folder) if found is None else _difference(found, new, folder)
-    if problem:
-        raise ValueError(f"output={folder} {problem}; use output=<a new folder>")
-    for key, value in settings.items():
-        asked, begun = ("null" if v is None else v for v in (value, (found or new)["settings"].get(key)))
-        if asked != begun:
-            raise ValueError(
-                f"{key}={asked} is not what output={folder} was begun with; use {key}={begun}, or output=<a new folder>"
-            )
-    return found or new
-
-
-def _foreign_files(folder: Path) -> str | None:
-    names = {file.name for file in folder.iterdir()} - {f"{MANIFEST}.part"}  # which a killed process leaves
-    others = sorted(name for name in names if not name.startswith("."))
-    return f"holds something else ({', '.join(others[:3])})" if others else None
-
-
-def _difference(found: dict[str, Any], new: dict[str, Any], folder: Path) -> str | None:
-    """Why the shards in ``folder``, of the manifest ``found``, are not the beginning of those of ``new``."""
-    if not found.keys() >= new.keys() - {"part", "end"}:
-        return f"has a {MANIFEST} of another program or version"
-    if found["tokenizer"] != new["tokenizer"]:
-        return "was begun with another tokenizer"
-    if changed := [source["file"] for source in new["sources"] if source not in found["sources"]]:
-        return f"was begun with other sources, {changed[0]} is new or has changed"
-    if found["sources"] != new["sources"]:
-        return "was begun with more sources or in another order"
-    for shard in found["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file() or path.stat().st_size != HEADER + 2 * shard["tokens"]:
-            return f"has lost {path.name} or a part of it"
-    return None
-
-
-def _described(files: list[Path | RemoteFile]) -> list[dict[str, Any]]:
-    return [file.described if isinstance(file, RemoteFile) else _described_locally(file) for file in files]
-
-
-def _described_locally(file: Path) -> dict[str, Any]:
-    stat = file.stat()
-    return {"file": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

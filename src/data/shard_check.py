@@ -10,7 +10,8 @@ from pathlib import Path
 
 from src.data.download import user_cache
 from src.data.lock import locked
-from src.data.shards import MANIFEST, read_manifest, sha256_of
+from src.data.manifest import MANIFEST, read_manifest
+from src.data.shards import sha256_of
 from src.files import read_json, replacing
 
 log = logging.getLogger(__name__)

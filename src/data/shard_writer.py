@@ -1,7 +1,6 @@
 """Shards on disk that are filled one after another. Writing resumes after a kill."""
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from src.data.manifest import COUNTS, WHOLE, Part, write_manifest
 from src.data.pipeline import START, Chunk
-from src.data.shards import HEADER, MANIFEST, header
-from src.files import replacing
+from src.data.shards import HEADER, header
 from src.tokenizer import fingerprint
 
 BLOCK = 2**20  # tokens copied at a time
 SAVE_EVERY = 5.0  # seconds of work that a kill may cost
-COUNTS = {"tokens": 0, "documents": 0, "characters": 0, "skipped": 0}  # of the text before the manifest's ``end``
 
 
 def new_manifest(settings: dict[str, Any], tokenizer: tiktoken.Encoding, sources: list[dict]) -> dict[str, Any]:
@@ -37,15 +35,24 @@ class ShardWriter:
     ``val_tokens`` tokens. If ``val_tokens`` is 0, there is no such shard. If it is None, the first shard is kept
     ``undivided`` until the number of tokens is known. Then a tenth of all tokens, from its beginning, becomes the
     validation shard, and its rest trains.
+
+    Several writers may fill one folder, each with another ``part``. All shards train but those of the first part.
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], save_every: float = SAVE_EVERY, role: str | None = None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        save_every: float = SAVE_EVERY,
+        role: str | None = None,
+        part: Part = WHOLE,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.role = role
-        self.name = manifest["settings"]["name"]
+        self.which = part
+        self.role = role or ("train" if part.number > 1 else None)
+        self.val_tokens = 0 if self.role else manifest["settings"]["val_tokens"]
+        self.name = manifest["settings"]["name"] + part.suffix
         self.save_every = save_every
         self.counts = {key: manifest[key] for key in COUNTS}
         self._file: Any = None  # a file that is open for writing
@@ -81,9 +88,8 @@ class ShardWriter:
         else:
             self.close()
             self.path.unlink()
-        settings = self.manifest["settings"]
-        if settings["val_tokens"] is None:
-            self._divide(min(settings["shard_tokens"], max(self.counts["tokens"] // 10, 1)))
+        if self.val_tokens is None:
+            self._divide(min(self.manifest["settings"]["shard_tokens"], max(self.counts["tokens"] // 10, 1)))
         del self.manifest["part"], self.manifest["end"]
         self.manifest |= {"complete": True, **self.counts}
         self._write_manifest()
@@ -94,7 +100,7 @@ class ShardWriter:
         self.close()
         self.manifest["shards"] = []
         self._remove_unnamed()
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        (self.folder / self.which.manifest).unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._file is not None:
@@ -102,16 +108,15 @@ class ShardWriter:
             self._file = None
 
     def _limit(self) -> int:
-        settings = self.manifest["settings"]
-        return settings["val_tokens"] if self._is_first_of_two_roles() else settings["shard_tokens"]
+        return self.val_tokens if self._is_first_of_two_roles() else self.manifest["settings"]["shard_tokens"]
 
     def _is_first_of_two_roles(self) -> bool:
-        return not self.manifest["shards"] and bool(self.manifest["settings"]["val_tokens"])
+        return not self.manifest["shards"] and bool(self.val_tokens)
 
     def _next(self) -> str:
         """The name of the shard after those that are full."""
         number = len(self.manifest["shards"])
-        if not number and self.manifest["settings"]["val_tokens"] is None:
+        if not number and self.val_tokens is None:
             return self._undivided.name
         role = self.role or ("val" if self._is_first_of_two_roles() else "train")
         return f"{self.name}_{role}_{number:06d}.bin"
@@ -181,5 +186,4 @@ class ShardWriter:
         self._saved = time.monotonic()
 
     def _write_manifest(self) -> None:
-        with replacing(self.folder / MANIFEST, durable=True) as part:
-            part.write_text(json.dumps(self.manifest, indent=2))
+        write_manifest(self.folder, self.manifest, self.which)

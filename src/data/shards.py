@@ -3,7 +3,6 @@ magic number, a version and the number of tokens; then uint16, little-endian."""
 
 import functools
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -12,11 +11,11 @@ import numpy as np
 import tiktoken
 
 from src.data.files import find_files
+from src.data.manifest import parts_in, read_manifest, unfinished_parts
 from src.tokenizer import fingerprint
 
 MAGIC, VERSION = 20240520, 1
 HEADER = 1024  # bytes
-MANIFEST = "manifest.json"
 OPEN = 256  # shards mapped at a time; each takes a file descriptor
 EDGE = 4096  # bytes at either end of a shard that its hash covers
 
@@ -146,22 +145,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of the shards in ``folder``: None if there is none, {} if it cannot be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if isinstance(manifest, dict) and {"complete", "tokenizer", "shards"} <= set(manifest):
-            return manifest
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        pass
-    return {}
-
-
 def _manifest(folder: Path, tokenizer: tiktoken.Encoding) -> dict[str, str]:
     """The hashes of the shards in ``folder`` by their names."""
     manifest = read_manifest(folder)
+    if manifest is None and (parts := parts_in(folder)):
+        missing = ",".join(map(str, unfinished_parts(folder) or parts[-1:]))  # a part that is run again joins them
+        raise ValueError(
+            f"data.path: the shards in {folder} lack parts; use python -m src.prepare -m part={missing} "
+            f"output={folder} ..., as for the other parts"
+        )
     if not manifest:  # shards made by another program
         return {}
     if not manifest["complete"]:

@@ -16,10 +16,11 @@ import tiktoken
 from src.data.corpus import Corpus
 from src.data.download import user_cache
 from src.data.lock import locked
+from src.data.manifest import read_manifest
 from src.data.pipeline import Chunk, tokenise
 from src.data.progress import progress
 from src.data.shard_writer import ShardWriter, new_manifest
-from src.data.shards import ShardTokens, read_manifest, sha256_of
+from src.data.shards import ShardTokens, sha256_of
 from src.tokenizer import fingerprint, separable
 
 log = logging.getLogger(__name__)

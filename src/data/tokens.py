@@ -25,12 +25,14 @@ Tokens = np.ndarray | ShardTokens
 
 
 class Split(NamedTuple):
-    """Training and validation tokens, each ``(N,)``, a hash of the data, and the tokenizer they come from."""
+    """Training and validation tokens, each ``(N,)``, a hash of the data, the tokenizer they come from, and the text if
+    they do not come from shards."""
 
     train: Tokens
     val: Tokens
     sha256: str
     tokenizer: tiktoken.Encoding
+    corpus: Corpus | None = None
 
 
 def read_split(config: DataConfig, tokenizer: tiktoken.Encoding | TokenizerConfig, train_ratio: float) -> Split:
@@ -49,7 +51,7 @@ def read_split(config: DataConfig, tokenizer: tiktoken.Encoding | TokenizerConfi
         training = (text for _, text in corpus.pieces(0, corpus.cut(train_ratio)))
         tokenizer = build_tokenizer(tokenizer, training)
     train, val = split_tokens(corpus, train_ratio, tokenizer, config.special_tokens, config.cache_dir)
-    return Split(train, val, corpus.sha256, tokenizer)
+    return Split(train, val, corpus.sha256, tokenizer, corpus)
 
 
 def _tokenizer_of_shards(
