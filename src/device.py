@@ -60,14 +60,14 @@ def shortest_seconds(act: Callable[[], Any], device: str, repeats: int = 3) -> f
 
 def seconds_of(act: Callable[[], Any], device: str) -> float:
     """Of one call, until the device has finished it."""
-    synchronise(device)
+    synchronize(device)
     started = time.perf_counter()
     act()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -75,7 +75,7 @@ def prepare(cfg: DictConfig) -> None:
         for key, value in facts.described().items():
             print(f"{key:10}  {value}")
         return
-    with progress("tokenising", total, "bytes") as advance:
+    with progress("tokenizing", total, "bytes") as advance:
         manifest = prepare_shards(config, advance=advance)
     for shard in manifest["shards"]:
         log.info("%s  %s tokens", shard["file"], f"{shard['tokens']:,}")

@@ -102,7 +102,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         device = trainer.strategy.root_device.type
         start = start.with_vocabulary(data, device)
         config = start.config
-        module = build_module(config, device, start.schedule_steps(steps), start.skip_batches(data.batch_windows))
+        module = build_module(config, device, start.schedule_steps(steps), start.skip_batches(data.windows_per_batch))
         start.load_weights(module)
         check_disk(trainer, module, folder)
         if config.resume and not config.dry_run:

@@ -168,7 +168,7 @@ def test_large_text_is_tokenised_once_into_a_cache(tmp_path, monkeypatch, caplog
         path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     again, fresh = made()
     assert fresh
-    assert "is damaged: tokenising again" in caplog.text
+    assert "is damaged: tokenizing again" in caplog.text
     assert np.array_equal(again, expected)
     assert not list(cache.rglob("*.part"))
     for folder in list(cache.iterdir()):
@@ -202,7 +202,7 @@ def test_processes_that_share_a_cache_tokenise_in_turns(tmp_path, monkeypatch):
     file.write_text("The ferry rang; nobody waited. " * 50)
     cache.mkdir()
     claimed = FileLock(cache / ("b" * 32 + ".lock"))
-    claimed.acquire()  # by a process that is tokenising another text
+    claimed.acquire()  # by a process that is tokenizing another text
     for name in "a" * 32 + ".part", "b" * 32 + ".part", "mine.part":
         (cache / name).mkdir()
         (cache / name / "text_train_000000.bin.part").write_text("cut off")
@@ -258,7 +258,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, trials):
     count, peak = map(int, done.stdout.split())
     assert count > megabytes * 10**6 / 5
     assert peak < 500
-    trials.passed(f"{megabytes:,} MB of text tokenised into the cache; peak memory {peak} MB", 1, "under 500 MB")
+    trials.passed(f"{megabytes:,} MB of text tokenized into the cache; peak memory {peak} MB", 1, "under 500 MB")
 
 
 URL, MIRROR = "https://example.org/the-text.txt", "https://example.com/copy.txt"

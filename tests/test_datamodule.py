@@ -68,13 +68,13 @@ def test_every_evaluation_scores_the_same_windows_spread_over_the_split(make):
     text = "".join(chr(33 + i // 8 % 90) for i in range(2000))
     data = make(text=text, batch_size=2, eval_tokens=5 * 8 + 7)  # 24 windows of validation
     val, train = data.val_dataloader()
-    assert [len(chosen) for chosen in data.eval_windows()] == [5, 5]
+    assert [len(chosen) for chosen in data.evaluated_windows()] == [5, 5]
     assert (
         starts(val) == starts(data.val_dataloader()[0]) == [data.val_windows[i][0][0].item() for i in (0, 4, 9, 14, 19)]
     )
     assert starts(train) == [data.train_windows[i * 224 // 5][0][0].item() for i in range(5)]
-    assert [len(chosen) for chosen in make(text=text).eval_windows()] == [24, 24]
-    assert [len(chosen) for chosen in make(text=text, eval_batches=15).eval_windows()] == [24, 30]
+    assert [len(chosen) for chosen in make(text=text).evaluated_windows()] == [24, 24]
+    assert [len(chosen) for chosen in make(text=text, eval_batches=15).evaluated_windows()] == [24, 30]
 
 
 def test_epoch_is_a_whole_number_of_steps_and_leaves_out_other_windows_each_time(make):

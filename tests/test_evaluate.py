@@ -151,7 +151,7 @@ def test_a_runs_checkpoint_has_the_runs_own_losses(tiny_run, command, text, tmp_
             found = json.loads((out / "evaluation.json").read_text())
             assert found["loss"] == pytest.approx(rows[step][key], abs=1e-4)
             assert found["precision"] == trained.record["precision"]
-            assert found["tokens"] == 16 * len(trained.datamodule.eval_windows()[split == "train"])
+            assert found["tokens"] == 16 * len(trained.datamodule.evaluated_windows()[split == "train"])
             assert found["data_sha256"] == trained.record["data_sha256"]
             assert found["text"] == str(text)
             for line in f"text {text}", f"split {split}", "windows of 16 tokens, those of the run's own evaluations":

@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line(small_weights, tmp_path):
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_neighbour_of_a_similar_name_is_left_alone(command, small_weights, tmp_path):
+def test_a_neighbor_of_a_similar_name_is_left_alone(command, small_weights, tmp_path):
     (tmp_path / "hf.part").mkdir()
     (tmp_path / "hf.part" / "precious").write_text("mine")
     assert command("export", f"weights={small_weights}", "format=book", f"output={tmp_path / 'hf'}")[0] == 0

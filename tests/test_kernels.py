@@ -180,7 +180,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dtype, p):
     assert torch.equal(layer.eval()(x), x)
 
 
-def test_dropout_follows_the_seed_and_its_neighbours_are_independent():
+def test_dropout_follows_the_seed_and_its_neighbors_are_independent():
     layer, x = FastDropout(0.5), torch.ones(512, 512, dtype=torch.bfloat16)
     torch.manual_seed(1)
     first, second = layer(x), layer(x)

@@ -56,7 +56,7 @@ def test_parameter_count_of_the_books_model():
 
 
 def reference_logits(net: GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """The same model from the textbook: one head at a time, scores masked and normalised by hand."""
+    """The same model from the textbook: one head at a time, scores masked and normalized by hand."""
     config = net.config
     x = net.tok_emb.weight[tokens] + net.pos_emb.weight[: tokens.shape[1]]
     later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
@@ -115,7 +115,7 @@ def test_too_many_tokens(tiny):
         net(tokens, cache)
 
 
-def test_gpt2_initialisation():
+def test_gpt2_initialization():
     net = build(GPTConfig(vocab_size=2000, context_length=200, emb_dim=256, n_heads=4, n_layers=4, qkv_bias=True))
     for name, parameter in net.named_parameters():
         if "norm" in name or name.endswith("bias"):
@@ -128,7 +128,7 @@ def test_gpt2_initialisation():
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_torch_initialisation_is_drawn_in_the_books_order(tiny, qkv_bias):
+def test_torch_initialization_is_drawn_in_the_books_order(tiny, qkv_bias):
     net = build(tiny, init="torch", qkv_bias=qkv_bias)
     C, V, T = tiny.emb_dim, tiny.vocab_size, tiny.context_length
     torch.manual_seed(0)

@@ -186,7 +186,7 @@ def test_beams_are_theirs(pair, penalty, end):
         assert torch.equal(hypothesis.tokens, written)
         assert set(row[3 + len(hypothesis.tokens) :].tolist()) <= {1}  # padding
         assert hypothesis.score == pytest.approx(score.item(), rel=1e-6, abs=1e-5)
-    if end == "often" and penalty < 1:  # a large one favours texts that never end
+    if end == "often" and penalty < 1:  # a large one favors texts that never end
         assert any(hypothesis.tokens[-1] == end_token for hypothesis in hypotheses)
 
 

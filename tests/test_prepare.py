@@ -213,7 +213,7 @@ def test_cut_off_at_every_write_it_goes_on(tmp_path, monkeypatch, ending, val):
     assert made(tmp_path / "cut") == made(tmp_path / "whole")
 
 
-def test_killed_for_real_and_recognised_when_finished(tmp_path):
+def test_killed_for_real_and_recognized_when_finished(tmp_path):
     source = json_lines(tmp_path / "a.jsonl", [story_of(2000) + str(number) for number in range(400)])
     options = [f"source={source}", "name=s", "shard_tokens=300000", "val_tokens=1000"]
     run = [sys.executable, "-m", "src.prepare", *options]
@@ -234,7 +234,7 @@ def test_killed_for_real_and_recognised_when_finished(tmp_path):
 
 
 def test_a_long_document_without_line_breaks_stays_small(tmp_path):
-    """Of 20 MB, no chunk is larger than the piece of it that is tokenised."""
+    """Of 20 MB, no chunk is larger than the piece of it that is tokenized."""
     source = tmp_path / "a.txt"
     source.write_text("word after word, " * 1_200_000)
     read = prepare._chunks([source], "text", (0, 0, 0), 2**16, lambda size: None, gpt2_tokenizer(), tmp_path)
@@ -400,11 +400,11 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog)
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
     with caplog.at_level("INFO"):
         for total in 1500, None:
-            with progress.progress("tokenising", total, "bytes") as advance:
+            with progress.progress("tokenizing", total, "bytes") as advance:
                 advance(1200)
                 advance(300)
     done = [message.split(", ")[0].removesuffix(" bytes") for message in caplog.messages]
-    assert done == ["tokenising: 1,200", "tokenising: 1,500"] * 2
+    assert done == ["tokenizing: 1,200", "tokenizing: 1,500"] * 2
     assert caplog.messages[1].endswith(" per second, 0 s left")
 
 

@@ -165,9 +165,9 @@ def test_figures_of_tasks(command, small_net, small_weights, text, task_files, t
     scores = [[log_probability(small_net, one["ctx"], f" {e}")[0] for e in one["endings"]] for one in QUESTIONS]
     best = [row.index(max(row)) for row in scores]
     lengths = [[len(ending) for ending in one["endings"]] for one in QUESTIONS]
-    normalised = [[s / n for s, n in zip(*pair, strict=True)] for pair in zip(scores, lengths, strict=True)]
-    best_normalised = [row.index(max(row)) for row in normalised]
-    assert best != best_normalised
+    normalized = [[s / n for s, n in zip(*pair, strict=True)] for pair in zip(scores, lengths, strict=True)]
+    best_normalized = [row.index(max(row)) for row in normalized]
+    assert best != best_normalized
     labels = [best[0], (best[1] + 1) % 3]
     task_files("ferry", "choices", [{**one, "label": n} for one, n in zip(QUESTIONS, labels, strict=True)])
     likely = [c + greedy(small_net, c, 1) for c in (f"It was {n} and" for n in range(200))]
@@ -185,7 +185,7 @@ def test_figures_of_tasks(command, small_net, small_weights, text, task_files, t
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["ferry_examples"] == 2
     assert found["ferry_acc"] == 0.5
-    assert found["ferry_acc_norm"] == sum(a == b for a, b in zip(best_normalised, labels, strict=True)) / 2
+    assert found["ferry_acc_norm"] == sum(a == b for a, b in zip(best_normalized, labels, strict=True)) / 2
     assert found["ferry_acc_stderr"] == pytest.approx(math.sqrt(0.25 / (2 - 1)))
     words = [log_probability(small_net, *_cut(passage)) for passage in passages]
     assert found["last_words_acc"] == sum(is_greedy for _, is_greedy in words) / 4 > 0

@@ -15,7 +15,7 @@ from src.bench.config import BenchmarkConfig
 from src.bench.rivals import peak_memory
 from src.checkpoint.interruption import Interruption
 from src.data.datamodule import TextDataModule
-from src.device import synchronise
+from src.device import synchronize
 from src.training.trainer import build_module, build_trainer
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -72,7 +72,7 @@ class Pacer(Callback):
             self._left -= 1
             return
         device = pl_module.device.type
-        synchronise(device)
+        synchronize(device)
         if self._started is not None:
             self.connection.send(time.perf_counter() - self._started)
             self._started = None
@@ -80,11 +80,11 @@ class Pacer(Callback):
             what, steps = request
             if what == "trainer":
                 self._left = steps - 1
-                synchronise(device)
+                synchronize(device)
                 self._started = time.perf_counter()
                 return
             phases = [self._step(trainer, pl_module, what == "phases") for _ in range(steps)]
-            synchronise(device)
+            synchronize(device)
             self.connection.send(phases if what == "phases" else time.perf_counter() - phases[0][0])
         trainer.should_stop = True
 
@@ -99,7 +99,7 @@ class Pacer(Callback):
 
         def done() -> None:
             if waiting:
-                synchronise(device.type)
+                synchronize(device.type)
                 moments.append(time.perf_counter())
 
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(self.batches))

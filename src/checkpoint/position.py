@@ -17,7 +17,7 @@ class RunPosition(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if data := own_data(trainer):
-            rescale_position(checkpoint, data.batch_windows)
+            rescale_position(checkpoint, data.windows_per_batch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restore_position(trainer)
@@ -99,7 +99,7 @@ def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, me
     data = own_data(trainer)
     if data is None:
         return
-    scored = dict(zip(("val", "train"), map(len, data.eval_windows()), strict=True))
+    scored = dict(zip(("val", "train"), map(len, data.evaluated_windows()), strict=True))
     checkpoint["run"] |= {
         "data": data.config.model_dump(mode="json"),
         "eval_tokens": data.eval_tokens,
@@ -112,5 +112,5 @@ def write_run(trainer: Trainer, checkpoint: dict[str, Any], tokens_seen: int, me
         "trainer.limit_train_batches": trainer.limit_train_batches,
     }
     checkpoint["processes"] = trainer.world_size
-    checkpoint["batch_windows"] = data.batch_windows
-    checkpoint["epoch_windows"] = trainer.num_training_batches * data.batch_windows
+    checkpoint["batch_windows"] = data.windows_per_batch
+    checkpoint["epoch_windows"] = trainer.num_training_batches * data.windows_per_batch

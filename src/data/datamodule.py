@@ -104,18 +104,18 @@ class TextDataModule(LightningDataModule):
         self.val_windows = SlidingWindowDataset(val, length, length)
 
     @property
-    def batch_windows(self) -> int:
+    def windows_per_batch(self) -> int:
         """Windows in a batch of all processes."""
         return self.config.batch_size * self.world_size
 
     @property
-    def step_windows(self) -> int:
+    def windows_per_step(self) -> int:
         """Windows in an optimizer step."""
-        return self.batch_windows * self.accumulate
+        return self.windows_per_batch * self.accumulate
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.train_windows) // self.step_windows
+        return len(self.train_windows) // self.windows_per_step
 
     def train_dataloader(self) -> DataLoader:
         self._shard_check.start()
@@ -127,7 +127,7 @@ class TextDataModule(LightningDataModule):
         """The order of training, from ``epoch`` on without its first ``windows``."""
         config = self.config
         of, shifts = len(self.train_windows), self.train_windows.shifts
-        return SeededSampler(of, config.shuffle, config.seed, self.step_windows, epoch, windows, shifts)
+        return SeededSampler(of, config.shuffle, config.seed, self.windows_per_step, epoch, windows, shifts)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self._shard_check.check()
@@ -141,14 +141,14 @@ class TextDataModule(LightningDataModule):
         """Loaders of the evaluated windows of the validation split and of the training split."""
         return [
             self._loader(RankWindows(Subset(windows, chosen), self.config.batch_size, self.rank, self.world_size))
-            for windows, chosen in zip((self.val_windows, self.train_windows), self.eval_windows(), strict=True)
+            for windows, chosen in zip((self.val_windows, self.train_windows), self.evaluated_windows(), strict=True)
         ]
 
-    def eval_windows(self) -> tuple[Sequence[int], Sequence[int]]:
+    def evaluated_windows(self) -> tuple[Sequence[int], Sequence[int]]:
         """The indices of the validation windows and of the training windows that every evaluation scores."""
         counts = len(self.val_windows), len(self.train_windows)
         if self.eval_batches is not None:
-            val, train = (evenly_spread(count, self.eval_batches * self.batch_windows) for count in counts)
+            val, train = (evenly_spread(count, self.eval_batches * self.windows_per_batch) for count in counts)
             return val, train
         most = None if self.eval_tokens is None else max(self.eval_tokens // self.context_length, 1)
         val = evenly_spread(counts[0], most)
@@ -163,11 +163,11 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()["processed"]
         if batches >= self.trainer.num_training_batches:
-            return {"epoch": self._sampler.epoch + 1, "batches": 0, "batch_windows": self.batch_windows}
-        return {"epoch": self._sampler.epoch, "batches": batches, "batch_windows": self.batch_windows}
+            return {"epoch": self._sampler.epoch + 1, "batches": 0, "batch_windows": self.windows_per_batch}
+        return {"epoch": self._sampler.epoch, "batches": batches, "batch_windows": self.windows_per_batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        windows = state_dict.get("batch_windows", self.batch_windows)
+        windows = state_dict.get("batch_windows", self.windows_per_batch)
         self._start = (state_dict["epoch"], state_dict["batches"] * windows)
 
     def fixed_values(self) -> dict[str, Any]:
@@ -191,19 +191,19 @@ class TextDataModule(LightningDataModule):
 
     def token_offsets(self, epoch: int, batch: int) -> list[int]:
         """The place in the training tokens where each window of a batch starts."""
-        order = self._order(epoch, batch * self.batch_windows)
-        return [self.train_windows.start(index) for index in islice(order, self.batch_windows)]
+        order = self._order(epoch, batch * self.windows_per_batch)
+        return [self.train_windows.start(index) for index in islice(order, self.windows_per_batch)]
 
     def summary(self) -> dict[str, str]:
         """What is in the text, windows and tokens of each split, and how many of them are evaluated, for the start
         card."""
         splits = {"val": self.val_windows, "train": self.train_windows}
         length, scored = self.context_length, []
-        for (name, windows), chosen in zip(splits.items(), self.eval_windows(), strict=True):
+        for (name, windows), chosen in zip(splits.items(), self.evaluated_windows(), strict=True):
             every = "all " if len(chosen) == len(windows) else ""
             scored.append(f"{every}{len(chosen):,} {name} windows ({len(chosen) * length:,} tokens)")
         train, batches = self.train_windows, self.steps_per_epoch * self.accumulate
-        seen = self.steps_per_epoch * self.step_windows * length / len(train.tokens)
+        seen = self.steps_per_epoch * self.windows_per_step * length / len(train.tokens)
         val, facts = self.val_windows, {}
         if self._corpus is not None:
             facts = facts_of(self._corpus, len(train.tokens) + len(val.tokens))

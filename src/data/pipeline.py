@@ -12,13 +12,13 @@ import tiktoken
 
 from src.data.fast_encoding import Pieces, encoder
 
-CHUNK = 2**20  # characters that a worker tokenises at a time
+CHUNK = 2**20  # characters that a worker tokenizes at a time
 DOCUMENT = 100  # characters that take as much memory as the overhead of a short piece
 START = (0, 0, 0)
 
 
 class Chunk(NamedTuple):
-    """Pieces of text to tokenise, with None for an end-of-text token, and the place in the source where they end:
+    """Pieces of text to tokenize, with None for an end-of-text token, and the place in the source where they end:
     number of the file, number of the record in it, characters of that record. ``skipped`` has the number of pieces
     before each record without text."""
 
@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
         return sum(map(len, filter(None, self.pieces)))
 
 
-def tokenise(
+def tokenize(
     chunks: Iterable[Chunk],
     tokenizer: tiktoken.Encoding,
     special_tokens: str = "parse",
@@ -40,7 +40,7 @@ def tokenise(
 ) -> Iterator[tuple[Chunk, np.ndarray]]:
     """Chunks of at least ``size`` characters, made of the consecutive ``chunks``, each with its tokens ``(T,)``.
 
-    ``workers`` threads (None: one per core) tokenise at most two chunks each ahead of the reader, so memory does not
+    ``workers`` threads (None: one per core) tokenize at most two chunks each ahead of the reader, so memory does not
     grow with the text. Threads suffice: tiktoken and gigatoken release Python's lock, and neither texts nor tokens are
     copied. A text of one chunk is not worth the time to load gigatoken.
     """

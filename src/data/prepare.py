@@ -1,4 +1,4 @@
-"""Files of any size made into shards of tokens: read as a stream, tokenised on all cores, written in order."""
+"""Files of any size made into shards of tokens: read as a stream, tokenized on all cores, written in order."""
 
 import itertools
 import shutil
@@ -18,7 +18,7 @@ from src.data.facts import Facts
 from src.data.lock import locked
 from src.data.manifest import MANIFEST, Part, join_parts, read_manifest
 from src.data.output_folder import described, manifest_for
-from src.data.pipeline import CHUNK, START, Chunk, tokenise
+from src.data.pipeline import CHUNK, START, Chunk, tokenize
 from src.data.progress import Progress
 from src.data.remote import RemoteFile
 from src.data.shard_writer import SAVE_EVERY, ShardWriter
@@ -40,7 +40,7 @@ def prepare_shards(
     """Make the shards that ``config`` asks for, or the rest of them, and return their manifest.
 
     What is written depends only on the texts and on the settings in the manifest. It does not depend on ``workers``, on
-    ``chunk`` (characters that a worker tokenises at a time), or on how often the work was killed and resumed. An
+    ``chunk`` (characters that a worker tokenizes at a time), or on how often the work was killed and resumed. An
     end-of-text token stands before each document, as in llm.c. All shards are full except the last, and the first two
     if the validation shard is not full. Documents whose text is null are skipped and counted. ``advance`` takes the
     bytes of the sources as they are read.
@@ -72,8 +72,8 @@ def prepare_shards(
                 shards = ShardWriter(folder, manifest, save_every, part=part)
             if not shards.manifest["complete"]:
                 chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer, fetched)
-                tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
-                _fill(shards, tokenised, config, files, tokenizer, fetched)
+                tokenized = tokenize(chunks, tokenizer, config.special_tokens, config.workers, chunk)
+                _fill(shards, tokenized, config, files, tokenizer, fetched)
             with locked(folder / PARTS, f"ends in {folder}"):
                 join_parts(folder)
         return shards.manifest
@@ -95,7 +95,7 @@ def prepare_shards(
 
 def _fill(
     shards: ShardWriter,
-    tokenised: Iterable,
+    tokenized: Iterable,
     config: PrepareConfig,
     files: list[Path | RemoteFile],
     tokenizer: tiktoken.Encoding,
@@ -105,7 +105,7 @@ def _fill(
     room = None if most is None else most - shards.counts["tokens"]
     try:
         written = 0
-        for chunk, tokens in _limited(tokenised, room, tokenizer, config.special_tokens, len(files)):
+        for chunk, tokens in _limited(tokenized, room, tokenizer, config.special_tokens, len(files)):
             shards.add(chunk, tokens)
             _remove(files[written : shards.end[0]], fetched)
             written = shards.end[0]
@@ -137,8 +137,8 @@ def read_facts(config: PrepareConfig, advance: Progress = lambda size: None, chu
     facts, read, most = Facts(), 0, _share_of_max_tokens(config)
     with tempfile.TemporaryDirectory() as folder:
         chunks = _chunks(files, config.text_key, START, chunk, advance, tokenizer, Path(folder))
-        tokenised = tokenise(chunks, tokenizer, config.special_tokens, config.workers, chunk)
-        for one, tokens in _limited(tokenised, most, tokenizer, config.special_tokens, len(files)):
+        tokenized = tokenize(chunks, tokenizer, config.special_tokens, config.workers, chunk)
+        for one, tokens in _limited(tokenized, most, tokenizer, config.special_tokens, len(files)):
             facts.add(one.pieces, len(tokens), len(one.skipped))
             _remove(files[read : one.end[0]], Path(folder))
             read = one.end[0]
@@ -156,15 +156,15 @@ def _remove(files: list[Path | RemoteFile], fetched: Path) -> None:
 
 
 def _limited(
-    tokenised: Iterable[tuple[Chunk, np.ndarray]],
+    tokenized: Iterable[tuple[Chunk, np.ndarray]],
     room: int | None,
     tokenizer: tiktoken.Encoding,
     special_tokens: str,
     files: int,
 ) -> Iterator[tuple[Chunk, np.ndarray]]:
-    """``tokenised`` up to the document in which its tokens reach ``room``; the end of the last chunk is that of all
+    """``tokenized`` up to the document in which its tokens reach ``room``; the end of the last chunk is that of all
     ``files``."""
-    for chunk, tokens in tokenised:
+    for chunk, tokens in tokenized:
         if end := _first_document_after(chunk, len(tokens), room, tokenizer, special_tokens):
             pieces, count = end
             skipped = tuple(before for before in chunk.skipped if before <= pieces)

@@ -17,7 +17,7 @@ from src.data.corpus import Corpus
 from src.data.download import user_cache
 from src.data.lock import locked
 from src.data.manifest import read_manifest
-from src.data.pipeline import Chunk, tokenise
+from src.data.pipeline import Chunk, tokenize
 from src.data.progress import progress
 from src.data.shard_writer import ShardWriter, new_manifest
 from src.data.shards import ShardTokens, sha256_of
@@ -33,7 +33,7 @@ def cached_tokens(
 ) -> tuple[ShardTokens, ShardTokens]:
     """The tokens of the characters of ``corpus`` before and after ``cut``, as shards in ``cache_dir`` (None: the user's
     cache), in a folder whose name is a hash of the text, the cut, the tokenizer and ``special_tokens``. Processes that
-    share the cache wait for the one that tokenises.
+    share the cache wait for the one that tokenizes.
 
     Raises:
         ValueError: the cache cannot be written to; a document without a word boundary for millions of characters.
@@ -47,7 +47,7 @@ def cached_tokens(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_parts(cache)
-        with locked(_lock(folder), f"tokenises the same text into {folder}"):
+        with locked(_lock(folder), f"tokenizes the same text into {folder}"):
             cached = _read(folder, tokenizer)  # another process may have written it in the meantime
             return cached or _write(folder, corpus, cut, tokenizer, special_tokens)
     except OSError as error:
@@ -57,11 +57,11 @@ def cached_tokens(
         ) from error
 
 
-def tokenised(
+def tokenized(
     corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding, special_tokens: str
 ) -> Iterator[tuple[Chunk, np.ndarray]]:
     """The characters ``first`` to ``last`` of ``corpus`` in chunks, with their tokens."""
-    return tokenise(_chunks(corpus, first, last, tokenizer), tokenizer, special_tokens)
+    return tokenize(_chunks(corpus, first, last, tokenizer), tokenizer, special_tokens)
 
 
 def _chunks(corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding) -> Iterator[Chunk]:
@@ -90,15 +90,15 @@ def _write(
 ) -> tuple[ShardTokens, ShardTokens]:
     """Make the shards in a folder of their own, which becomes ``folder`` once they are complete."""
     part, characters = folder.with_name(f"{folder.name}.part"), sum(corpus.characters)
-    log.info("tokenising %s, %s characters, once, into %s", corpus.source, f"{characters:,}", folder)
+    log.info("tokenizing %s, %s characters, once, into %s", corpus.source, f"{characters:,}", folder)
     settings = {"name": "text", "shard_tokens": SHARD_TOKENS, "val_tokens": 0, "special_tokens": special_tokens}
     try:
-        with progress("tokenising", characters, "characters") as advance:
+        with progress("tokenizing", characters, "characters") as advance:
             for role, first, last in ("train", 0, cut), ("val", cut, characters):
                 (part / role).mkdir(parents=True)
                 manifest = new_manifest(settings, tokenizer, [{"source": corpus.source, "sha256": corpus.sha256}])
                 with closing(ShardWriter(part / role, manifest, role=role)) as shards:
-                    for chunk, tokens in tokenised(corpus, first, last, tokenizer, special_tokens):
+                    for chunk, tokens in tokenized(corpus, first, last, tokenizer, special_tokens):
                         shards.add(chunk, tokens)
                         advance(chunk.characters)
                     shards.finish()
@@ -121,7 +121,7 @@ def _read(folder: Path, tokenizer: tiktoken.Encoding) -> tuple[ShardTokens, Shar
         shards = {folder / role / shard["file"]: shard for shard in manifest["shards"]}
         for path, shard in shards.items():
             if not path.is_file() or sha256_of(path) != shard["sha256"]:
-                log.warning("%s is damaged: tokenising again", path)
+                log.warning("%s is damaged: tokenizing again", path)
                 return None
         parts.append(ShardTokens([(path, shard["tokens"]) for path, shard in shards.items()], tokenizer.n_vocab))
     train, val = parts

@@ -12,14 +12,14 @@ from src.data.corpus import Corpus, read_corpus
 from src.data.files import find_files
 from src.data.remote import shards_of
 from src.data.shards import ShardTokens, read_shards
-from src.data.token_cache import cached_tokens, tokenised
+from src.data.token_cache import cached_tokens, tokenized
 from src.data.tokenizers import build_tokenizer, describes
 from src.tokenizer import gpt2_tokenizer
 from src.tokenizer.table import FILE
 
 log = logging.getLogger(__name__)
 
-LARGE = 2**25  # characters; fewer are tokenised in seconds and not cached
+LARGE = 2**25  # characters; fewer are tokenized in seconds and not cached
 
 Tokens = np.ndarray | ShardTokens
 
@@ -86,7 +86,7 @@ def split_tokens(
     cache_dir: str | None = None,
 ) -> tuple[Tokens, Tokens]:
     """Training and validation tokens of ``corpus``, each ``(N,)``. The text is cut by characters before it is
-    tokenised, and one end-of-text token stands between two documents.
+    tokenized, and one end-of-text token stands between two documents.
 
     A text of more than ``LARGE`` characters becomes shards in ``cache_dir`` (None: the user's cache).
 
@@ -105,5 +105,5 @@ def tokens_between(
     corpus: Corpus, first: int, last: int, tokenizer: tiktoken.Encoding, special_tokens: str = "parse"
 ) -> np.ndarray:
     """The tokens ``(N,)`` of the characters ``first`` to ``last``, the same as those of each document as a whole."""
-    parts = [tokens for _, tokens in tokenised(corpus, first, last, tokenizer, special_tokens)]
+    parts = [tokens for _, tokens in tokenized(corpus, first, last, tokenizer, special_tokens)]
     return np.concatenate([np.empty(0, dtype=np.uint16), *parts])

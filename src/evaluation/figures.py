@@ -1,4 +1,4 @@
-"""The style of all figures: legible 3.3 inches or 400 pixels wide, in colours that colour-blind readers tell apart."""
+"""The style of all figures: legible 3.3 inches or 400 pixels wide, in colors that color-blind readers tell apart."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def beam_search(
     ``stop``, ``padding`` and ``vocab_size``). The search ends when ``num_beams`` are kept and the likeliest unfinished
     one, at its present length, scores no better than the worst of them, as with Hugging Face's
     ``early_stopping=False``. A single beam stops at its first end, and is greedy decoding. ``length_penalty`` above 0
-    favours long hypotheses (Wu et al. 2016, section 7, use another formula).
+    favors long hypotheses (Wu et al. 2016, section 7, use another formula).
 
     Raises:
         ValueError: an empty prompt; logits that are not finite.

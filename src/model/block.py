@@ -1,4 +1,4 @@
-"""One transformer layer in GPT-2's order: normalise, attend, add; normalise, feed forward, add."""
+"""One transformer layer in GPT-2's order: normalize, attend, add; normalize, feed forward, add."""
 
 from torch import Tensor, nn
 

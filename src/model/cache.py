@@ -54,7 +54,7 @@ class KVCache:
     def fix(self) -> None:
         """Read single tokens in shapes that do not change, from now on."""
         self._place = torch.tensor([self.length], device=self._keys[0].device)
-        for kept in self._keys + self._values:  # uninitialised memory may hold a NaN, and 0 * NaN is NaN
+        for kept in self._keys + self._values:  # uninitialized memory may hold a NaN, and 0 * NaN is NaN
             kept[:, :, self.length :] = 0
 
     def rewind(self, length: int) -> None:

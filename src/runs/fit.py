@@ -50,7 +50,7 @@ def build_data(start: Start, trainer: Trainer) -> tuple[TextDataModule, int, flo
         problem := config.schedule.problem_of_length(steps, f"the run's {steps} optimizer steps")
     ):
         raise ValueError(f"{problem} or a larger trainer.max_epochs")
-    tokens = config.eval.resolved_max_tokens(steps * data.step_windows * config.context_length)
+    tokens = config.eval.resolved_max_tokens(steps * data.windows_per_step * config.context_length)
     if config.eval.max_tokens is None:  # a resumed run scores the same windows as before, however long it is now
         tokens = start.checkpoint.get("run", {}).get("eval_tokens", tokens)
     data.limit_evaluation(tokens)
@@ -83,7 +83,7 @@ def fit(
     """
     evaluating = trainer.limit_val_batches != 0
     for logger in trainer.loggers:
-        logger.log_hyperparams(hyperparameters(start.config, default, record.values, data.step_windows))
+        logger.log_hyperparams(hyperparameters(start.config, default, record.values, data.windows_per_step))
     before = math.inf  # the validation loss of step 0
     if start.path is None and evaluating:
         trainer.validate(module, datamodule=data, verbose=False)

@@ -29,7 +29,7 @@ HYPERPARAMETERS = ("model.", "data.", "optimizer.", "schedule.", "trainer.", "we
 def print_start_card(
     config: TrainConfig, record: dict[str, Any], trainer: Trainer, data: TextDataModule, steps: float
 ) -> None:
-    windows = data.step_windows
+    windows = data.windows_per_step
     length = config.context_length
     about = data.summary()
     interval = config.eval.resolved_every_steps(steps, data.steps_per_epoch)

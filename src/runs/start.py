@@ -74,7 +74,7 @@ class Start:
                 f"{now[key][:12]}, was {before[key][:12]}); use data.path=<that text>, or weights={self.path} for "
                 f"a new run on this one"
             )
-        windows = batches * data.batch_windows
+        windows = batches * data.windows_per_batch
         if (expected := self.checkpoint.get("epoch_windows", windows)) != windows:
             batch = self.checkpoint["batch_windows"]
             raise ValueError(

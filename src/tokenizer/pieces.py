@@ -11,7 +11,7 @@ WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Uni
 BREAK = re.compile(f"(?<=[^{WHITE}])[{WHITE}]")
 BLANK_BREAK = re.compile(f"(?<=[^{WHITE}])(?![\\r\\n])[{WHITE}]")
 LONG = 2**16  # white space in a row that is split for tiktoken's regex, whose stack overflows at about a million
-LONGEST = 5_000_000  # characters without a break that are held in memory; tokenising them takes 50 to 130 bytes each
+LONGEST = 5_000_000  # characters without a break that are held in memory; tokenizing them takes 50 to 130 bytes each
 
 
 def has_gpt2_pattern(tokenizer: tiktoken.Encoding) -> bool:
