@@ -14,7 +14,7 @@ from src.bench.config import BenchmarkConfig
 from src.cli import app
 from src.cli.overrides import unknown_trainer_arguments
 from src.cli.typed import built, typed
-from src.data.config import PrepareConfig
+from src.data.config import SIZES, PrepareConfig, TokenizerConfig
 from src.files import write_json
 from src.runs import launch
 from src.runs.record import git_revision, versions
@@ -41,12 +41,12 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
             find_sources(PrepareConfig(source=config.source).paths)
         except ValueError as error:
             found += str(error).splitlines()
-    if config.tokenizer.size is None and not config.model.vocab_size:
-        found.append(f"tokenizer={config.tokenizer.name} has no size without a text; use model.vocab_size=<its tokens>")
+    if config.tokenizer != TokenizerConfig():
+        cure = f"tokenizer=gpt2 model.vocab_size={config.tokenizer.size or '<its tokens>'}"
+        found.append(f"tokenizer={config.tokenizer.name} is not measured; use {cure}")
     if found:
         raise ValueError("\n".join(found))
-    size = config.tokenizer.size or config.model.vocab_size
-    return config.changed(model=config.model.changed(vocab_size=config.model.vocab_size or size))
+    return config.changed(model=config.model.changed(vocab_size=config.model.vocab_size or SIZES["gpt2"]))
 
 
 def benchmark(cfg: DictConfig) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src.interop.weights import build, read_model
     from src.kernels.install import use_fast_kernels
     from src.tokenizer import token_byte_counts
+    from src.tokenizer.encoding import unknown_tokens
 
     started = time.perf_counter()
     tasks = None
@@ -93,6 +94,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with autocast, progress("scoring", windows.tokens, "tokens") as advance:
         settings = (windows.length, windows.stride, config.data.batch_size, token_byte_counts(tokenizer))
         found = text_loss(net, tokens, *settings, config.surprises, advance, windows.starts)
+    if unknown := unknown_tokens(tokens[:], tokenizer):
+        counts = f"{unknown:,} of the {len(tokens):,} characters"
+        log.warning("%s are not in the tokenizer %s, and are read as U+FFFD", counts, tokenizer.name)
     if not math.isfinite(found.loss):
         raise ValueError(f"weights={config.weights} have a loss of {found.loss}; use weights=<another checkpoint>")
     result = {
@@ -105,7 +109,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "tokens": found.tokens,
         "loss": found.loss,
         "perplexity": found.perplexity,
-        **({"bits_per_byte": found.bits_per_byte} if found.bytes else {}),
+        **({"bits_per_byte": found.bits_per_byte} if found.bytes and not unknown else {}),
         "uniform_loss": math.log(tokenizer.n_vocab),
         "unigram_loss": unigram_loss(found.counts[: tokenizer.n_vocab], train),
         "context_length": windows.length,

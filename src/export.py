@@ -121,8 +121,11 @@ def _write(
         save_weights(build(config, weights), folder / WEIGHTS_FILE, tokenizer)
     elif kind == "book":
         from src.interop.book import write_book
+        from src.tokenizer.table import FILE, to_json
 
         write_book(folder, config, weights)
+        if table := to_json(tokenizer):
+            (folder / FILE).write_text(table, encoding="utf-8")
     else:
         from src.interop.huggingface import write_huggingface
         from src.interop.tokenizer_files import write_tokenizer

@@ -72,7 +72,7 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
     net = build(model.config, model.weights).to(pick_accelerator(config.device, "device"), dtype).eval()
     pack_for_decoding(net)
     check_vocabulary(net, model.tokenizer)
-    if missing := unknown_characters("".join(prompts), model.tokenizer):
+    if missing := unknown_characters("".join(prompts), model.tokenizer, config.special_tokens):
         print(f"not in the tokenizer {model.tokenizer.name}, read as U+FFFD: {missing[:20]!r}", file=sys.stderr)
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import random
 import re
 
@@ -22,6 +23,7 @@ from src.generation.text import continue_texts
 from src.interop.tokenizer_files import write_tokenizer
 from src.interop.weights import build, read_model
 from src.prepare import check as check_prepare
+from src.tokenizer import pieces
 from src.tokenizer.encoding import (
     encode,
     fingerprint,
@@ -31,7 +33,8 @@ from src.tokenizer.encoding import (
     unknown_characters,
 )
 from src.tokenizer.pieces import separable
-from src.tokenizer.table import as_dictionary, from_json, make_encoding, portable, to_json
+from src.tokenizer.reading import from_json
+from src.tokenizer.table import as_dictionary, make_encoding, portable, to_json
 from src.training.config import TrainConfig
 
 TEXTS = {
@@ -167,7 +170,7 @@ def test_a_run_its_continuation_and_its_export_write_the_same(tmp_path, tiny_run
     assert column(resumed, "train/loss") == column(straight, "train/loss")
 
     written = text_of(whole.folder)
-    for form in "huggingface", "weights":
+    for form in "huggingface", "weights", "book":
         output = tmp_path / f"{kind}-{form}"
         export(compose("export", [f"weights={whole.folder}", f"output={output}", f"format={form}"]))
         assert text_of(output) == written
@@ -208,11 +211,14 @@ def test_shards_keep_their_tokenizer(tmp_path, tiny_run, mixed):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "file"}, "tokenizer=file names none; use tokenizer.path=<a tokenizer.json or a .tiktoken table>"),
-        ({"name": "bpe"}, "tokenizer=bpe has no size; use tokenizer.vocab_size=4096"),
+        (
+            {"name": "file"},
+            "tokenizer.name=file names none; use tokenizer=file tokenizer.path=<a tokenizer.json or a table>",
+        ),
+        ({"name": "bpe"}, "tokenizer.name=bpe has no size; use tokenizer=bpe"),
         (
             {"name": "bpe", "vocab_size": 12},
-            "tokenizer.vocab_size=12 must be at least 257; use tokenizer.vocab_size=4096",
+            "tokenizer.vocab_size=12 must be at least 258; use tokenizer.vocab_size=4096",
         ),
         (
             {"name": "word"},
@@ -229,7 +235,7 @@ def test_a_wrong_choice_is_one_line(given, message):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "No such file"),
+        (None, "it does not exist"),
         ("{}", r"tokenizer\.json cannot be read \(KeyError"),
         ("[1]", r"tokenizer\.json cannot be read \(TypeError"),
         ("nonsense", r"tokenizer\.json is not JSON"),
@@ -237,7 +243,14 @@ def test_a_wrong_choice_is_one_line(given, message):
         ({"added_tokens": []}, r"has no <\|endoftext\|> among its added tokens"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "neither byte-level BPE nor one token per character"),
         ("reordered", "in another order than it merges them"),
-        ("unmerged", "has tokens that no merge makes"),
+        ("twice", "two with the same content or number"),
+        ("negative", "whose number is not one below 10,000,000"),
+        ("huge", "whose number is not one below 10,000,000"),
+        ("fraction", "whose number is not one below 10,000,000"),
+        ("partial pattern", "a pattern that leaves out parts of a text"),
+        ("removes", "neither byte-level BPE nor one token per character"),
+        ("empty name", "a token that is empty"),
+        ("unmerged", "has tokens that its merges do not make"),
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, content, reason):
@@ -249,12 +262,49 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, content, reason):
     elif content == "unmerged":
         good["model"]["merges"].pop()
         content = {}
+    numbers = {"twice": 5, "negative": -1, "huge": 2**40, "fraction": 20.5}
+    if isinstance(content, str) and content in numbers:
+        good["model"]["vocab"]["a"] = numbers[content]
+        content = {}
+    elif content in ("partial pattern", "removes"):
+        good = as_dictionary(made("cl100k pattern"))
+        split = good["pre_tokenizer"]["pretokenizers"][0]
+        split |= {"behavior": "Removed"} if content == "removes" else {"pattern": {"Regex": "[0-9]+"}}
+        content = {}
+    elif content == "empty name":
+        good["added_tokens"].append({**good["added_tokens"][0], "content": "", "id": 900})
+        content = {}
     if content is not None:
         file.write_text(content if isinstance(content, str) else json.dumps(good | content))
     with pytest.raises(ValueError, match=reason) as error:
         build_tokenizer(TokenizerConfig(name="file", path=str(file)))
     assert "\n" not in str(error.value)
     assert re.match(r"tokenizer\.path=.* is not a tokenizer: .*; use tokenizer\.path=<", str(error.value))
+
+
+@pytest.mark.parametrize(
+    "lines", ["YQ== 0\nYQ== 1", "YQ== 0\nYg== 0", "YQ== -1", "YQ== 99999999999", "a b c", "!! 3", ""]
+)
+def test_a_table_that_is_none_is_one_line(tmp_path, lines):
+    (tmp_path / "a.tiktoken").write_text(lines)
+    with pytest.raises(ValueError, match=r"^tokenizer\.path=\S+a\.tiktoken is not a tokenizer: [^\n]*; use [^\n]*$"):
+        build_tokenizer(TokenizerConfig(name="file", path=str(tmp_path / "a.tiktoken")))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="is no file of at most 64 MiB"):
+        build_tokenizer(TokenizerConfig(name="file", path=str(tmp_path / "tokenizer.json")))
+
+
+def test_a_text_of_lines_without_blanks_is_cut_at_its_lines(monkeypatch):
+    monkeypatch.setattr(pieces, "LONGEST", 50)
+    text = "鐘が鳴った。\n" * 40
+    for kind in "char", "cl100k pattern", "o200k pattern":
+        tokenizer = made(kind)
+        parts = list(separable([text[:100], text[100:]], tokenizer=tokenizer))
+        assert len(parts) > 1
+        assert [i for part in parts for i in encode(part, tokenizer)] == encode(text, tokenizer).tolist()
 
 
 def test_a_tiktoken_table(tmp_path):

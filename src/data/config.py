@@ -20,15 +20,17 @@ class TokenizerConfig(Config):
     section: ClassVar[str] = "tokenizer"
 
     name: Literal["gpt2", "byte", "char", "bpe", "cl100k_base", "o200k_base", "file"] = "gpt2"
-    vocab_size: int | None = Field(default=None, ge=257, le=1_000_000, examples=[4096])
+    vocab_size: int | None = Field(default=None, ge=258, le=1_000_000, examples=[4096])
     path: str | None = None
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "TokenizerConfig":
         if self.name == "bpe" and self.vocab_size is None:
-            raise ValueError("tokenizer=bpe has no size; use tokenizer.vocab_size=4096")
+            raise ValueError("tokenizer.name=bpe has no size; use tokenizer=bpe")
         if self.name == "file" and not self.path:
-            raise ValueError("tokenizer=file names none; use tokenizer.path=<a tokenizer.json or a .tiktoken table>")
+            raise ValueError(
+                "tokenizer.name=file names none; use tokenizer=file tokenizer.path=<a tokenizer.json or a table>"
+            )
         return self
 
     @property

@@ -20,6 +20,7 @@ from src.data.shards import ShardTokens
 from src.data.tokens import read_split
 from src.data.windows import RankSampler, RankWindows, SeededSampler, SlidingWindowDataset, evenly_spread
 from src.tokenizer import gpt2_tokenizer
+from src.tokenizer.encoding import unknown_tokens
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -207,13 +208,15 @@ class TextDataModule(LightningDataModule):
         val, facts = self.val_windows, {}
         if self._corpus is not None:
             facts = facts_of(self._corpus, len(train.tokens) + len(val.tokens))
+        unknown = unknown_tokens(val.tokens[:], self.tokenizer)
+        lacking = f"; {unknown / len(val.tokens):.1%} of the val tokens are characters it lacks" if unknown else ""
         return {
             **facts,
             "train": f"{len(train):,} windows in {batches:,} batches, {len(train.tokens):,} tokens, "
             f"each seen {seen:.2f} times per epoch on average",
             "val": f"{len(val):,} windows, {len(val.tokens):,} tokens; "
             f"{described_overlap(train.tokens, val.tokens, length)}",
-            "tokenizer": f"{self.tokenizer.name}, {self.tokenizer.n_vocab:,} tokens",
+            "tokenizer": f"{self.tokenizer.name}, {self.tokenizer.n_vocab:,} tokens{lacking}",
             "evaluation": " and ".join(scored),
         }
 

@@ -1,6 +1,5 @@
 """Which tokenizer: a published one, one made from the training text, or one from a file."""
 
-import base64
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +9,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from src.data.config import TokenizerConfig
 from src.tokenizer.encoding import END_OF_TEXT, UNKNOWN, gpt2_tokenizer
-from src.tokenizer.table import EACH_CHARACTER, FILE, from_json, make_encoding, portable
+from src.tokenizer.reading import from_file, from_json
+from src.tokenizer.table import EACH_CHARACTER, FILE, make_encoding, portable
 
 TRAINED_ON = 10**8  # characters at most that BPE is trained on: more take minutes and change few merges
 
@@ -88,14 +88,11 @@ def _published(name: str) -> tiktoken.Encoding:
 
 def _read(path: Path) -> tiktoken.Encoding:
     try:
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            return from_json(content)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-            raise ValueError(f"it has no token for {len(missing)} of the 256 bytes")
-        return _with_end(ranks, r50k_pat_str, "bpe")
-    except (OSError, ValueError) as error:
+        found = from_file(path)
+        if found is None:
+            raise ValueError(f"it does not exist (seen from {Path.cwd()})")
+        return found
+    except ValueError as error:
         raise ValueError(
             f"tokenizer.path={path} is not a tokenizer: {str(error).removeprefix('its ')}; "
             f"use tokenizer.path=<a {FILE} of byte-level BPE, or a .tiktoken table>"
@@ -104,6 +101,6 @@ def _read(path: Path) -> tiktoken.Encoding:
 
 def describes(config: TokenizerConfig, tokenizer: tiktoken.Encoding) -> bool:
     """Whether ``tokenizer`` may be what ``config`` made: of its kind, and of its size where that is known."""
-    if config.name == "file":  # it may be gone: a run keeps its own copy
-        return not Path(config.path or "").expanduser().is_file() or build_tokenizer(config).name == tokenizer.name
+    if config.name == "file":
+        return build_tokenizer(config).name == tokenizer.name
     return tokenizer.name.split("-")[0] == config.name and config.size in (None, tokenizer.n_vocab)

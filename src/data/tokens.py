@@ -15,6 +15,7 @@ from src.data.shards import ShardTokens, read_shards
 from src.data.token_cache import cached_tokens, tokenized
 from src.data.tokenizers import build_tokenizer, describes
 from src.tokenizer import gpt2_tokenizer
+from src.tokenizer.reading import from_file
 from src.tokenizer.table import FILE
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ def read_split(config: DataConfig, tokenizer: tiktoken.Encoding | TokenizerConfi
         ValueError: text or shards that cannot be read; shards of another tokenizer; a cache that cannot be written to.
     """
     if config.format == "shards":
+        if config.path is None:  # ready-made ones, which are GPT-2's
+            _tokenizer_of_shards([], tokenizer, config.source)
         files = shards_of(config)
         tokenizer = _tokenizer_of_shards(files, tokenizer, config.source)
         return Split(*read_shards(files, train_ratio, tokenizer), tokenizer)
@@ -63,14 +66,21 @@ def _tokenizer_of_shards(
         ValueError: another one is.
     """
     shards = find_files(files, "data.path", (".bin",)) if isinstance(files, str) else files
-    tables = {shard.with_name(FILE) for shard in shards}
-    found = [build_tokenizer(TokenizerConfig(name="file", path=str(table))) for table in tables if table.is_file()]
-    own = found[0] if found else gpt2_tokenizer()
+    found = {}
+    for folder in dict.fromkeys(shard.parent for shard in shards):
+        try:
+            beside = from_file(folder / FILE) or gpt2_tokenizer()
+        except ValueError as error:
+            raise ValueError(f"data.path={folder}: {error}; use data.path=<shards made again>") from None
+        found[beside.name] = beside
+    own = next(iter(found.values()), gpt2_tokenizer())
+    if len(found) > 1:
+        raise ValueError(f"data.path={source} mixes tokens of {' and '.join(found)}; use data.path=<shards of one>")
     if isinstance(asked, TokenizerConfig):
         same, name = asked == TokenizerConfig() or describes(asked, own), asked.name
     else:
         same, name = asked.name == own.name, asked.name
-    if not same or any(one.name != own.name for one in found):
+    if not same:
         raise ValueError(
             f"data.path={source} holds tokens of the tokenizer {own.name}, not of {name}; "
             f"use data.path=<shards of {name}>"

@@ -72,10 +72,9 @@ class Context:
             last = self._graph(self._unread)[:, -1]  # (B, C)
         else:
             last = self.net.hidden_states(self._unread, self._cache)[:, -1]  # (B, C)
-        logits = self.net.head(last).float()  # (B, V)
+        logits = self.net.head(last).float()[:, : self.vocab_size]  # (B, V)
         if not all(map(math.isfinite, torch.stack(logits.aminmax()).tolist())):
             raise ValueError("the model's logits are not finite, no token can be chosen; use weights=<other weights>")
-        logits[:, self.vocab_size :] = float("-inf")
         return logits
 
     def append(self, tokens: Tensor) -> None:

@@ -19,7 +19,8 @@ from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 from src.tokenizer import gpt2_tokenizer
-from src.tokenizer.table import FILE, from_json, to_json
+from src.tokenizer.reading import from_file, from_json
+from src.tokenizer.table import FILE, to_json
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ def read_model(weights: str | Path, key: str = "weights") -> Model:
         if kind == "file" and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")):
             return Model(*read_huggingface(path.parent, path.name), _tokenizer_beside(path.parent), {})
         path, content = _checkpoint_of(path, key) if kind == "run" else (path, read_sealed(path, key, unsealed=True))
-        return Model(*_model_in(content, path), tokenizer_in(content), _run_in(content))
+        found = _model_in(content, path)
+        own = tokenizer_in(content) if "tokenizer" in content else _tokenizer_beside(path.parent)  # of a book's export
+        return Model(*found, own, _run_in(content))
     except ValueError as error:
         if str(error).startswith(f"{key}="):
             raise
@@ -112,8 +115,7 @@ def tokenizer_in(checkpoint: Any) -> tiktoken.Encoding:
 
 
 def _tokenizer_beside(folder: Path) -> tiktoken.Encoding:
-    file = folder / FILE
-    return from_json(file.read_bytes()) if file.is_file() else gpt2_tokenizer()
+    return from_file(folder / FILE) or gpt2_tokenizer()
 
 
 def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:

@@ -190,9 +190,12 @@ def _check_tokenizer(
     that is continued had asked for another one ``before``."""
     if asked.model_dump() == before if before else asked == TokenizerConfig() or describes(asked, own):
         return
+    kind = own.name.split("-")[0]
+    cure = {"name": kind, "vocab_size": own.n_vocab if kind == "bpe" else None, **(before or {})}
+    others = (f" tokenizer.{key}={value}" for key, value in cure.items() if value is not None and key != "name")
     raise ValueError(
         f"tokenizer={asked.name} differs from {own.name} in {source}, which brings its own; "
-        f"use tokenizer={own.name.split('-')[0]}"
+        f"use tokenizer={cure['name']}{''.join(others)}"
     )
 
 

@@ -76,10 +76,18 @@ def characters_of(tokenizer: tiktoken.Encoding) -> set[str] | None:
     return None if all(bytes([byte]) in tokens for byte in range(256)) else {token.decode() for token in tokens}
 
 
-def unknown_characters(text: str, tokenizer: tiktoken.Encoding) -> str:
-    """The characters of ``text`` that a tokenizer of characters does not have, sorted."""
-    known = characters_of(tokenizer)
-    return "" if known is None else "".join(sorted({*text} - known))
+def unknown_characters(text: str, tokenizer: tiktoken.Encoding, special_tokens: str = "parse") -> str:
+    """The characters of ``text`` that a tokenizer of characters does not have, sorted. See :func:`encode`."""
+    unknown = _unknown(tokenizer)
+    found = unknown[special_tokens == "parse"].finditer(text) if unknown else ()
+    return "".join(sorted({match[0] for match in found if not match[1]}))
+
+
+def unknown_tokens(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> int:
+    """How many of ``tokens`` stand for characters that a tokenizer of characters does not have."""
+    if characters_of(tokenizer) is None:
+        return 0
+    return int(np.count_nonzero(tokens == tokenizer.encode_single_token(UNKNOWN)))
 
 
 @functools.lru_cache

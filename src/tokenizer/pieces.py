@@ -9,7 +9,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, fewer than Python's
 BREAK = re.compile(f"(?<=[^{WHITE}])[{WHITE}]")
-BLANK_BREAK = re.compile(f"(?<=[^{WHITE}])(?![\\r\\n])[{WHITE}]")
+OTHER_BREAK = re.compile(f"(?<=[^{WHITE}])(?![\\r\\n])[{WHITE}]|(?<=[\\r\\n])[^{WHITE}/]")
 LONG = 2**16  # white space in a row that is split for tiktoken's regex, whose stack overflows at about a million
 LONGEST = 5_000_000  # characters without a break that are held in memory; tokenizing them takes 50 to 130 bytes each
 
@@ -36,15 +36,15 @@ def split_white_space(text: str, special_tokens: set[str], long: int = LONG) -> 
 
 def separable(pieces: Iterable[str], source: str = "text", tokenizer: tiktoken.Encoding | None = None) -> Iterator[str]:
     """The text in ``pieces``, cut where white space begins. GPT-2's pattern always starts a new match there, so the new
-    pieces can be encoded separately and have the tokens of the whole. Other patterns can match a line break together
-    with what stands before it, so for these it does not count as white space.
+    pieces can be encoded separately and have the tokens of the whole. The patterns of cl100k_base and o200k_base match
+    a line break, and what of "/" follows, together with what stands before it; those texts are cut after it.
 
     Raises:
         ValueError: more than ``LONGEST`` characters without such a place. The message begins with ``source``, which is
             ``<key>: <file>``.
     """
     rest, searched = "", 1
-    pattern = BREAK if tokenizer is None or has_gpt2_pattern(tokenizer) else BLANK_BREAK
+    pattern = BREAK if tokenizer is None or has_gpt2_pattern(tokenizer) else OTHER_BREAK
     for piece in pieces:
         if cut := _last_break(rest, searched, pattern):
             yield rest[:cut]
