@@ -66,6 +66,7 @@ def test_a_rival_that_fails_is_told_by_its_name(capfd):
     capfd.readouterr()
 
 
+@pytest.mark.slow
 def test_everything_at_once(tmp_path, text):
     output = tmp_path / "figures.json"
     overrides = ["model=gpt2_tiny", "rounds=2", "steps=2", "new_tokens=8", "peers=[transformers]"]

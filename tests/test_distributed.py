@@ -84,6 +84,7 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
     """DDP under torchrun; fully sharded from its checkpoint on; from there on one process, with smaller batches."""
     text.write_text(story_of(883))
@@ -127,6 +128,7 @@ def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
     assert rest.module.tokens_seen == 18 * 64
 
 
+@pytest.mark.slow
 def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
     """Dropout on. SIGKILL of one process; SIGTERM to the one that started them; SIGTERM to one of them."""
     common = ("data.batch_size=2", "trainer.max_epochs=3", "eval.every_steps=7", "eval.batches=2")
@@ -180,6 +182,7 @@ def test_a_nan_on_one_process_stops_all(started, tmp_path, tiny_run, text):
     assert losses(tmp_path / "run") == pytest.approx(column(alone, "train/loss"), abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_process_is_left_out_by_all_on_resume(started, tmp_path):
     (tmp_path / "poison.py").write_text(POISON)
     process = started("data.batch_size=2", "+callbacks.poison._target_=poison.Poison", "eval.batches=1",
@@ -198,6 +201,7 @@ def test_a_nan_on_one_process_is_left_out_by_all_on_resume(started, tmp_path):
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["skipped_batches"] == [2]
 
 
+@pytest.mark.slow
 def test_what_all_would_say_is_said_once_and_a_sweep_starts_each_job_anew(started, tmp_path, text):
     text.write_text("far too short")
     process = started("-m", "data.batch_size=2,3", "hydra.sweep.dir=sweep")

@@ -26,10 +26,12 @@ def run(name: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_tour():
     assert "Every effort moves you" in run("01_tour.ipynb")
 
 
+@pytest.mark.slow
 def test_weights_of_a_small_model_without_a_network(monkeypatch):
     monkeypatch.delenv("WEIGHTS", raising=False)
     assert "emb_dim=64" in run("02_gpt2_weights.ipynb")

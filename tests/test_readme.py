@@ -104,6 +104,7 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     assert [problem for problem in problems if "cannot be fetched while HF_HUB_OFFLINE=1" not in problem] == []
 
 
+@pytest.mark.slow
 def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path, monkeypatch):
     """All but those that want a run which was interrupted, GPT-2's weights, or tasks from the network."""
     monkeypatch.chdir(tmp_path)

@@ -122,9 +122,9 @@ def test_full_disk_before_the_start(tiny_run, monkeypatch):
 
 
 def test_full_disk_in_a_run(tiny_run, tmp_path, monkeypatch):
-    from src.checkpoint import sealed
+    from src.checkpoint import storage
 
-    real, calls = sealed.torch.save, []
+    real, calls = storage.torch.save, []
 
     def save(content, file):
         real(content, file)
@@ -132,7 +132,7 @@ def test_full_disk_in_a_run(tiny_run, tmp_path, monkeypatch):
         if len(calls) == 3:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
-    monkeypatch.setattr(sealed.torch, "save", save)
+    monkeypatch.setattr(storage.torch, "save", save)
     with pytest.raises(OSError, match="could not be written") as error:
         tiny_run("callbacks=none", "trainer.limit_val_batches=0", "checkpoint.every_steps=2", folder=tmp_path / "run")
     assert "\n" not in str(error.value)
