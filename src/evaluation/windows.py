@@ -17,6 +17,7 @@ class RunWindows(NamedTuple):
     length: int
     stride: int
     number: int
+    spared: int = 0  # tokens at the end of the split that leave room for shifted windows
 
 
 class Windows(NamedTuple):
@@ -45,7 +46,8 @@ def windows_of_run(run: dict[str, Any], data: DataConfig, sha256: str, split: st
     length = own.get("context_length")
     stride = (own.get("stride") or length) if split == "train" else length
     found = [number for number in (length, stride, counts.get(split)) if type(number) is int and number > 0]
-    return RunWindows(*found) if len(found) == 3 else None
+    spared = stride - 1 if split == "train" and own.get("shift") else 0
+    return RunWindows(*found, spared) if len(found) == 3 else None
 
 
 def choose_windows(config: EvaluationConfig, tokens: int, longest: int, own: RunWindows | None) -> Windows:
@@ -63,7 +65,7 @@ def choose_windows(config: EvaluationConfig, tokens: int, longest: int, own: Run
     stride, most = (own.stride, own.number) if own and own.length == length else (length, None)
     if config.max_tokens is not None:
         most = max(config.max_tokens // length, 1)
-    count = len(range(0, tokens - length, stride))
+    count = len(range(0, tokens - length - (own.spared if most is not None and own else 0), stride))
     if most is None or config.max_tokens == -1 or config.stride or not count:
         description = f"every token but the first, once, with up to {length:,} tokens of context"
         return Windows(None, length, config.stride or length, tokens - 1, description)
