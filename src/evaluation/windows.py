@@ -46,8 +46,9 @@ def windows_of_run(run: dict[str, Any], data: DataConfig, sha256: str, split: st
     length = own.get("context_length")
     stride = (own.get("stride") or length) if split == "train" else length
     found = [number for number in (length, stride, counts.get(split)) if type(number) is int and number > 0]
-    spared = stride - 1 if split == "train" and own.get("shift") else 0
-    return RunWindows(*found, spared) if len(found) == 3 else None
+    if len(found) < 3:
+        return None
+    return RunWindows(*found[:3], spared=found[1] - 1 if split == "train" and own.get("shift") else 0)
 
 
 def choose_windows(config: EvaluationConfig, tokens: int, longest: int, own: RunWindows | None) -> Windows:
