@@ -94,7 +94,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with autocast, progress("scoring", windows.tokens, "tokens") as advance:
         settings = (windows.length, windows.stride, config.data.batch_size, token_byte_counts(tokenizer))
         found = text_loss(net, tokens, *settings, config.surprises, advance, windows.starts)
-    if unknown := unknown_tokens(tokens[:], tokenizer):
+    if unknown := unknown_tokens(tokens, tokenizer):
         counts = f"{unknown:,} of the {len(tokens):,} characters"
         log.warning("%s are not in the tokenizer %s, and are read as U+FFFD", counts, tokenizer.name)
     if not math.isfinite(found.loss):

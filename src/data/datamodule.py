@@ -208,7 +208,7 @@ class TextDataModule(LightningDataModule):
         val, facts = self.val_windows, {}
         if self._corpus is not None:
             facts = facts_of(self._corpus, len(train.tokens) + len(val.tokens))
-        unknown = unknown_tokens(val.tokens[:], self.tokenizer)
+        unknown = unknown_tokens(val.tokens, self.tokenizer)
         lacking = f"; {unknown / len(val.tokens):.1%} of the val tokens are characters it lacks" if unknown else ""
         return {
             **facts,

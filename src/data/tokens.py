@@ -1,6 +1,5 @@
 """The training and validation tokens of a text or of shards. A large text becomes shards in a cache, once."""
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ from src.data.tokenizers import build_tokenizer, describes
 from src.tokenizer import gpt2_tokenizer
 from src.tokenizer.reading import from_file
 from src.tokenizer.table import FILE
-
-log = logging.getLogger(__name__)
 
 LARGE = 2**25  # characters; fewer are tokenized in seconds and not cached
 

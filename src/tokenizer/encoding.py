@@ -7,7 +7,7 @@ import functools
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
@@ -83,11 +83,12 @@ def unknown_characters(text: str, tokenizer: tiktoken.Encoding, special_tokens: 
     return "".join(sorted({match[0] for match in found if not match[1]}))
 
 
-def unknown_tokens(tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> int:
-    """How many of ``tokens`` stand for characters that a tokenizer of characters does not have."""
+def unknown_tokens(tokens: Any, tokenizer: tiktoken.Encoding) -> int:
+    """How many of ``tokens``, an array or shards, stand for characters that a tokenizer of characters does not have.
+    With any other tokenizer they are not read."""
     if characters_of(tokenizer) is None:
         return 0
-    return int(np.count_nonzero(tokens == tokenizer.encode_single_token(UNKNOWN)))
+    return int(np.count_nonzero(tokens[:] == tokenizer.encode_single_token(UNKNOWN)))
 
 
 @functools.lru_cache
