@@ -29,11 +29,11 @@ if TYPE_CHECKING:  # a wrong command line is answered without the seconds that t
 
 @dataclass
 class Run:
-    """What a run built and where it is kept; ``record`` is what its ``run.json`` holds."""
+    """What a run built and where it is kept; ``record`` is what its ``run.json`` holds. A dry run builds no module."""
 
     folder: Path
     trainer: Trainer
-    module: PretrainingModule
+    module: PretrainingModule | None
     datamodule: TextDataModule
     record: dict[str, Any]
 
@@ -81,7 +81,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
     from src.checkpoint.interruption import Interruption
     from src.runs import report
-    from src.runs.fit import build_data, check_disk, fit
+    from src.runs.fit import build_data, fit
+    from src.runs.plan import make_plan
     from src.runs.start import find_start
     from src.training.trainer import build_module, build_trainer, continue_logs
 
@@ -101,19 +102,20 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         start.check(data, batches, steps, finished=record.completed_before or not config.resume)
         device = trainer.strategy.root_device.type
         start = start.with_vocabulary(data, device)
-        config = start.config
-        module = build_module(config, device, start.schedule_steps(steps), start.skip_batches(data.windows_per_batch))
-        start.load_weights(module)
-        check_disk(trainer, module, folder)
+        config, schedule_steps = start.config, start.schedule_steps(steps)
+        plan = make_plan(config, trainer, data, steps, folder)
         if config.resume and not config.dry_run:
             report.print_changes(read_record(folder), config.model_dump(mode="json"))
             start.take_over(folder)
             continue_logs(trainer, start.step if start.path else -1)
             record.start(start.step)
-        record.describe(config, trainer, module, data)
-        report.print_start_card(config, record.values, trainer, data, steps)
+        record.describe(config, trainer, data, plan.parameters)
+        report.print_start_card(config, record.values, trainer, data, steps, plan.lines)
         processes.wait_for_all()
+        module = None
         if not config.dry_run:
+            module = build_module(config, device, schedule_steps, start.skip_batches(data.windows_per_batch))
+            start.load_weights(module)
             fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
         record.update(status="checked" if config.dry_run else "completed")
     report.print_summary(record.values, folder)

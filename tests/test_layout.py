@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 # A file imports from its own room and from those of lower levels only. "__init__" is src/__init__.py.
 LEVELS = [
-    {"__init__", "files", "tokenizer", "device", "config"},
+    {"__init__", "files", "tokenizer", "device", "memory", "config"},
     {"model"},
     {"kernels"},
     {"data", "generation"},

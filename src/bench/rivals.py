@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+from src.memory import peak_memory
 
 
 class Rival:
@@ -60,20 +59,6 @@ def serve(connection: Connection, act: Callable[..., Any]) -> None:
         for request in iter(connection.recv, None):
             connection.send(act(*request))
         connection.send(peak_memory())
-
-
-def peak_memory() -> int:
-    """The peak memory of this process in bytes: of the GPU if it has used one."""
-    torch = sys.modules.get("torch")  # importing it here would add to the memory
-    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts the process that started this one
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def in_turn(turns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:

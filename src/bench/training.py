@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 
 from src.bench.config import BenchmarkConfig
-from src.bench.rivals import peak_memory
 from src.checkpoint.interruption import Interruption
 from src.data.datamodule import TextDataModule
 from src.device import synchronize
+from src.memory import peak_memory
 from src.training.trainer import build_module, build_trainer
 
 PHASES = ("data", "forward", "backward", "optimizer")

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.cli.quoting import command_line, key_of, quoted
 from src.interop.locate import run_folder
-from src.runs.record import read_record
+from src.runs.record import read_record, recorded_runs
 
 STATUSES = ("running", "interrupted", "failed", "completed")
 
@@ -22,7 +22,9 @@ def latest_run(key: str, overrides: Iterable[str] = ()) -> Path:
     """
     names = [override.split("=", 1)[1] for override in overrides if key_of(override) == "name"]
     runs = [
-        run for run in _runs() if read_record(run).get("status") in STATUSES and (not names or run.parts[1] in names)
+        run
+        for run in recorded_runs()
+        if read_record(run).get("status") in STATUSES and (not names or run.parts[1] in names)
     ]
     runs.sort(key=lambda run: not any(run.glob("checkpoints/*.ckpt")))
     if not runs:
@@ -38,7 +40,7 @@ def requeued_run(overrides: list[str]) -> Path | None:
         return None
     given = [override.split("=", 1)[1] for override in overrides if key_of(override) == "hydra.run.dir"]
     command = command_line(without_hydra(overrides))
-    for run in [*map(Path, given), *_runs()]:
+    for run in [*map(Path, given), *recorded_runs()]:
         record = read_record(run)
         if record.get("slurm_job") == job and record.get("command") == command and record.get("status") != "completed":
             return run
@@ -85,8 +87,3 @@ def data_of_run(weights: str) -> dict[str, Any]:
 def without_hydra(overrides: list[str]) -> list[str]:
     """``overrides`` without those of Hydra's own keys, which do not change what is trained."""
     return [override for override in overrides if not key_of(override).startswith("hydra")]
-
-
-def _runs() -> list[Path]:
-    records = [*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")]
-    return [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime, reverse=True)]

@@ -1,11 +1,9 @@
-"""The parts of a run between its start and its record: data, disk, fitting, and the final losses."""
+"""The parts of a run between its start and its record: data, fitting, and the final losses."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import suppress
-from pathlib import Path
 
 from lightning.pytorch import Trainer
 
@@ -17,8 +15,6 @@ from src.runs.start import Start
 from src.training.config import TrainConfig
 from src.training.module import PretrainingModule
 from src.training.optim import batches_per_epoch, planned_steps
-
-BYTES_PER_PARAMETER = 3 * 4  # of a checkpoint: the weight and two moments, in float32
 
 
 def build_data(start: Start, trainer: Trainer) -> tuple[TextDataModule, int, float]:
@@ -55,17 +51,6 @@ def build_data(start: Start, trainer: Trainer) -> tuple[TextDataModule, int, flo
         tokens = start.checkpoint.get("run", {}).get("eval_tokens", tokens)
     data.limit_evaluation(tokens)
     return data, batches, steps
-
-
-def check_disk(trainer: Trainer, module: PretrainingModule, folder: Path) -> None:
-    """Raise a ValueError where ``folder`` has no room for two checkpoints: the one that is kept and the next one."""
-    needed = 2 * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in module.parameters())
-    free = shutil.disk_usage(folder).free
-    if trainer.checkpoint_callbacks and free < needed:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free, two checkpoints take {needed / 1e9:.1f} GB; free some space, or "
-            f"use hydra.run.dir=<a folder on another disk> or trainer.enable_checkpointing=false"
-        )
 
 
 def fit(

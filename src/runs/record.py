@@ -19,7 +19,7 @@ from src.files import read_json, remove_folder, replacing, write_json
 from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
     from src.data.datamodule import TextDataModule
 
@@ -133,7 +133,7 @@ class RunRecord:
         if self._started:
             write_json(self.path, self.values)
 
-    def describe(self, config: TrainConfig, trainer: Trainer, module: LightningModule, data: TextDataModule) -> None:
+    def describe(self, config: TrainConfig, trainer: Trainer, data: TextDataModule, parameters: int) -> None:
         """Record what trains on what; ``config`` may have the model of weights by now. A tokenizer other than GPT-2's
         goes into a file beside the record."""
         from src.device import device_name
@@ -146,7 +146,7 @@ class RunRecord:
         self.update(
             config=config.model_dump(mode="json"),
             data_sha256=data.corpus_sha256,
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            parameters=parameters,
             device=device_name(trainer.strategy.root_device),
             precision=str(trainer.precision),
         )
@@ -174,6 +174,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         for key, value in read_json(folder / "run.json").items()
         if key not in KINDS or _is_sound(value, KINDS[key])
     }
+
+
+def recorded_runs() -> list[Path]:
+    """The folders of all runs and jobs under ``outputs``, the one that changed last first."""
+    records = [*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")]
+    return [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime, reverse=True)]
 
 
 def _is_sound(value: Any, kind: Any) -> bool:

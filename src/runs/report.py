@@ -27,8 +27,14 @@ HYPERPARAMETERS = ("model.", "data.", "optimizer.", "schedule.", "trainer.", "we
 
 
 def print_start_card(
-    config: TrainConfig, record: dict[str, Any], trainer: Trainer, data: TextDataModule, steps: float
+    config: TrainConfig,
+    record: dict[str, Any],
+    trainer: Trainer,
+    data: TextDataModule,
+    steps: float,
+    plan: dict[str, str],
 ) -> None:
+    """Print what the run is made of, and the lines of its ``plan``."""
     windows = data.windows_per_step
     length = config.context_length
     about = data.summary()
@@ -44,6 +50,7 @@ def print_start_card(
         "precision": record["precision"],
         "optimizer": f"{config.optimizer.name}, {config.schedule.name} schedule",
         "evaluation": f"every {interval} steps, of {evaluation}",
+        **plan,
         **({} if config.dry_run else {"run folder": trainer.default_root_dir}),
     }
     for key, value in card.items():

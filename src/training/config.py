@@ -77,7 +77,7 @@ class TrainConfig(Config):
     kernels: Literal["fast", "plain"] = "fast"
     compile: bool = False
     activation_checkpointing: bool = False
-    dry_run: bool = False
+    dry_run: Literal[False, True, "measure"] = False
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
