@@ -1,5 +1,7 @@
 """The model classes that a config can name."""
 
+import torch
+
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
 
@@ -18,3 +20,9 @@ def build_model(config: GPTConfig) -> GPT:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"model.architecture={name} is not one of {known}; use model.architecture=gpt2")
     return ARCHITECTURES[name](config)
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """The number of parameters of a model, without allocating it; tied ones count once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(config).parameters())

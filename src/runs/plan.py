@@ -12,7 +12,7 @@ import torch
 
 from src.device import device_name
 from src.memory import free_memory, peak_memory, used_memory
-from src.model.architectures import build_model
+from src.model.architectures import count_parameters
 from src.model.flops import flops_per_token
 from src.runs.record import read_record, recorded_runs
 from src.training.trial import Memory, StepTimes, forecast_memory, measure_step
@@ -46,8 +46,7 @@ def make_plan(config: TrainConfig, trainer: Trainer, data: TextDataModule, steps
         ValueError: ``folder`` has no room for two checkpoints, the one that is kept and the next one.
     """
     device, precision = trainer.strategy.root_device, str(trainer.precision)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+    parameters = count_parameters(config.model)
     memory = forecast_memory(config, device.type, precision)
     lines = {"memory": _memory_line(memory, trainer, config)}
     needed, room = 2 * (memory.weights + memory.optimizer), shutil.disk_usage(folder).free
@@ -75,23 +74,38 @@ def make_plan(config: TrainConfig, trainer: Trainer, data: TextDataModule, steps
 
 
 def _memory_line(memory: Memory, trainer: Trainer, config: TrainConfig) -> str:
+    device, ranks = trainer.strategy.root_device, 1
     if config.trainer.strategy == "fsdp":
         return "not forecast for fsdp"
-    device = trainer.strategy.root_device
-    on_cpu = device.type == "cpu"
-    lost = HEAP_LOSS[0] * memory.largest + HEAP_LOSS[1] * memory.gradients if on_cpu else 0
-    ranks = trainer.num_devices if on_cpu else 1  # which share the memory
-    step = memory.peak + (memory.gradients if trainer.world_size > 1 else 0)  # the buckets of DDP
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() if on_cpu else None
-    if free is not None and step * ranks > free:
-        raise MemoryError(f"a training step needs {_gb(step * ranks)}, {_gb(free)} are free")
+    if device.type == "cpu":
+        ranks = trainer.num_devices  # which share the memory
+    buckets = memory.gradients if trainer.world_size > 1 else 0  # of DistributedDataParallel
+    step, free = (memory.peak + buckets) * ranks, free_on(device)
+    if free is not None and step > free:
+        kept = (memory.weights + memory.gradients + memory.optimizer) * ranks
+        cure = "; use a smaller model, or trainer=fsdp on several GPUs" if kept > free else ""
+        raise MemoryError(f"a training step needs {_gb(step)}, {_gb(free)} are free{cure}")
+    needed = needed_memory(memory, device.type) + buckets
     verdict = "" if free is None else f", {_gb(free)} are free"
-    if free is not None and (step + lost) * ranks > free:
+    if free is not None and needed * ranks > free:
         verdict += ", which may not be enough"
     parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations")}
     shown = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items())
-    total = step + lost + (used_memory() if on_cpu else 0)
+    total = needed + (used_memory() if device.type == "cpu" else 0)
     return f"about {_gb(total)} at the peak{verdict} ({shown}, largest tensor {_gb(memory.largest)})"
+
+
+def needed_memory(memory: Memory, device: str) -> float:
+    """Bytes that a training step adds to a process, with what the allocator cannot use."""
+    lost = HEAP_LOSS[0] * memory.largest + HEAP_LOSS[1] * memory.gradients if device == "cpu" else 0
+    return memory.peak + lost
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that ``device`` has free; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() if device.type == "cpu" else None
 
 
 def _time_line(config: TrainConfig, trainer: Trainer, data: TextDataModule, steps: int, times: StepTimes | None) -> str:

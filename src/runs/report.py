@@ -149,10 +149,14 @@ def _explanation(error: Exception, config: TrainConfig, folder: Path, resume: st
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full ({error.filename or folder}); free some space, then use {resume}"
     if is_out_of_memory(error):
-        less = _less_memory(config)
+        if "; use " in message:  # of the plan, which knows better
+            return f"out of memory: {message}"
+        less, known = _less_memory(config), f": {message}" if message and isinstance(error, MemoryError) else ""
         if config.resume:  # whose batches cannot change
-            return f"out of memory; use {resume} with more memory, or weights=<its last.ckpt> {less} for a new run"
-        return f"out of memory; use {less} for less memory at the same number of tokens per step"
+            return (
+                f"out of memory{known}; use {resume} with more memory, or weights=<its last.ckpt> {less} for a new run"
+            )
+        return f"out of memory{known}; use {less} for less memory at the same number of tokens per step"
     if "Caught ValueError in DataLoader worker" in message:  # its message without its traceback
         return message.strip().splitlines()[-1].removeprefix("ValueError: ")
     if "DataLoader worker" in message and ("exited unexpectedly" in message or "killed by signal" in message):

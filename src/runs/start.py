@@ -13,8 +13,10 @@ from src.checkpoint.find import good_checkpoint, make_last, newest_good_checkpoi
 from src.data.config import TokenizerConfig
 from src.data.tokenizers import describes
 from src.interop.weights import read_model, tokenizer_in
+from src.model.architectures import count_parameters
 from src.model.config import GPTConfig
 from src.runs import processes
+from src.runs.batch_size import with_largest_batch
 from src.runs.record import read_record
 from src.training.config import FREE, TrainConfig
 from src.training.optim import learning_rate_at
@@ -135,10 +137,10 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     found = _shared(lambda: _checkpoint(config, folder))
     if found is None:
         if not config.weights:
-            return Start(config.accumulated(world_size).with_window())
+            return Start(_with_batches(config, world_size))
         model, weights, tokenizer, _ = read_model(config.weights)
         _check_tokenizer(config.tokenizer, tokenizer, config.weights)
-        config = config.with_model_of(model, config.weights).accumulated(world_size).with_window()
+        config = _with_batches(config.with_model_of(model, config.weights), world_size)
         return Start(config, weights=weights, tokenizer=tokenizer)
     path, checkpoint = found
     if config.trainer.overfit_batches:
@@ -154,11 +156,30 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         config = config.with_model_of(model, str(path))
     elif not config.model.vocab_size:
         config = config.with_vocabulary(model.vocab_size)
-    config = config.accumulated(world_size).with_window()
+    if config.auto_batch:
+        config = config.with_batch_size(checkpoint["fixed_values"]["data.batch_size"])
+    config = _with_batches(config, world_size)
     if problems := [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path),
                     *_other_values(config, checkpoint, path, world_size)]:  # fmt: skip
         raise ValueError("\n".join(problems))
     return Start(config, path, checkpoint, tokenizer=tokenizer)
+
+
+def _with_batches(config: TrainConfig, world_size: int) -> TrainConfig:
+    """``config`` with the batch, the accumulation and the number of steps that it describes in other terms."""
+    config = with_largest_batch(config.with_window()).accumulated(world_size)
+    if config.tokens_per_parameter is None:
+        return config
+    vocabulary = config.model.vocab_size or config.tokenizer.size
+    if vocabulary is None:
+        raise ValueError(
+            f"tokens_per_parameter={config.tokens_per_parameter:g} needs the size of the vocabulary, which "
+            f"tokenizer={config.tokenizer.name} leaves open; use model.vocab_size=<n> or tokenizer=byte"
+        )
+    parameters = count_parameters(config.model.changed(vocab_size=vocabulary))
+    step = config.data.batch_size * config.context_length * config.trainer.accumulate_grad_batches * world_size
+    steps = max(round(config.tokens_per_parameter * parameters / step), 1)
+    return config.changed(trainer=config.trainer.changed(max_steps=steps), tokens_per_parameter=None)
 
 
 def _checkpoint(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:

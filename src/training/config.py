@@ -74,6 +74,8 @@ class TrainConfig(Config):
     weights: str | None = None
     skip_batches: tuple[int, ...] = ()
     tokens_per_step: int | None = Field(default=None, ge=1, examples=[524288])
+    tokens_per_parameter: float | None = Field(default=None, gt=0, examples=[20])
+    auto_batch: bool = Field(default=False, exclude=True)  # data.batch_size=auto, not yet a number
     kernels: Literal["fast", "plain"] = "fast"
     compile: bool = False
     activation_checkpointing: bool = False
@@ -88,6 +90,16 @@ class TrainConfig(Config):
     trainer: TrainerConfig = TrainerConfig()
     callbacks: dict[str, Any] = Field(default_factory=dict)
     logger: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_size_may_be_auto(cls, values: dict[str, Any]) -> dict[str, Any]:
+        data = values.get("data")
+        if not (isinstance(data, dict) and data.get("batch_size") == "auto"):
+            return values
+        if not values.get("tokens_per_step"):  # otherwise the free memory would decide what a step is
+            raise ValueError("data.batch_size=auto needs the tokens of a step; use tokens_per_step=<n>")
+        return {**values, "auto_batch": True, "data": {**data, "batch_size": 1}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainConfig":
@@ -121,6 +133,11 @@ class TrainConfig(Config):
 
     def _lengths(self) -> list[str]:
         schedule, trainer, peak = self.schedule, self.trainer, self.optimizer.learning_rate
+        if self.tokens_per_parameter and (trainer.max_steps, trainer.max_epochs) != (-1, None):
+            return [
+                f"tokens_per_parameter={self.tokens_per_parameter:g} is the length of the run; "
+                f"use trainer.max_steps=-1 trainer.max_epochs=null, or tokens_per_parameter=null"
+            ]
         if schedule.name == "constant":
             return []
         found = []
@@ -147,6 +164,9 @@ class TrainConfig(Config):
     def context_length(self) -> int:
         """Tokens per window."""
         return self.data.context_length or self.model.context_length
+
+    def with_batch_size(self, size: int) -> "TrainConfig":
+        return self.changed(data=self.data.changed(batch_size=size), auto_batch=False)
 
     def accumulated(self, world_size: int) -> "TrainConfig":
         """A config with the ``trainer.accumulate_grad_batches`` that makes ``tokens_per_step`` on ``world_size``

@@ -20,7 +20,6 @@ from src.training.optim import build_optimizer
 from src.training.trainer import build_module
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-SECONDS = 10  # of measuring; at least two steps are made
 
 
 class Memory(NamedTuple):
@@ -114,9 +113,9 @@ class LiveBytes(TorchDispatchMode):
         self.largest = max(self.largest, size)
 
 
-def measure_step(config: TrainConfig, device: str, precision: str) -> StepTimes:
-    """The times of training steps on random tokens, medians after one that warms up. Afterwards this process has had
-    all memory that training needs."""
+def measure_step(config: TrainConfig, device: str, precision: str, seconds: float = 10) -> StepTimes:
+    """The times of training steps on random tokens, medians of two or more after one that warms up, for so many
+    ``seconds``. Afterwards this process has had all memory that training needs."""
     module = build_module(config, device).to(device, _dtype(precision, "true"))
     optimizer = build_optimizer(module.net, config.optimizer)
     tokens = torch.randint(config.model.vocab_size, (config.data.batch_size, config.context_length), device=device)
@@ -136,7 +135,7 @@ def measure_step(config: TrainConfig, device: str, precision: str) -> StepTimes:
             module.eval().loss(tokens, tokens, "sum")
 
     rounds, started = [], time.perf_counter()
-    while len(rounds) < 3 or time.perf_counter() - started < SECONDS:
+    while len(rounds) < 3 or time.perf_counter() - started < seconds:
         rounds.append([seconds_of(act, device) for act in (batch, update, evaluation)])
     return StepTimes(*map(statistics.median, zip(*rounds[1:], strict=True)))
 
