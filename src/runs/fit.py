@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from src.callbacks.throughput import Throughput
+from src.callbacks.weight_averaging import ExponentialMovingAverage
 from src.data.datamodule import TextDataModule
 from src.runs.record import RunRecord
 from src.runs.report import hyperparameters, judge_best_loss, judge_initial_loss
@@ -59,7 +60,9 @@ def build_data(start: Start, trainer: Trainer) -> tuple[TextDataModule, int, flo
 
 def check_disk(trainer: Trainer, module: PretrainingModule, folder: Path) -> None:
     """Raise a ValueError where ``folder`` has no room for two checkpoints: the one that is kept and the next one."""
-    needed = 2 * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in module.parameters())
+    averages = sum(isinstance(one, ExponentialMovingAverage) for one in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    size = BYTES_PER_PARAMETER + 4 * averages
+    needed = 2 * size * sum(parameter.numel() for parameter in module.parameters())
     free = shutil.disk_usage(folder).free
     if trainer.checkpoint_callbacks and free < needed:
         raise ValueError(
