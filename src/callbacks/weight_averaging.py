@@ -110,6 +110,6 @@ def _put(values: Sequence[Tensor], module: LightningModule) -> None:
 
 def _state_dict(module: LightningModule, values: Sequence[Tensor]) -> dict[str, Tensor]:
     """The state dict of ``module`` with ``values`` as its parameters, the tied ones under each of their names."""
-    value_of = dict(zip(map(id, module.parameters()), values, strict=True))
-    tensors: Any = module.state_dict(keep_vars=True)
+    value_of: dict[int, Any] = dict(zip(map(id, module.parameters()), values, strict=True))
+    tensors = module.state_dict(keep_vars=True)
     return {name: value_of.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
