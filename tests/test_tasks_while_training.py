@@ -103,7 +103,10 @@ def test_the_last_step_is_always_scored(tiny_run, scored):
             ["callbacks.tasks.folder=nowhere"],
             r"callbacks\.tasks\.folder=nowhere is not a folder .* use callbacks\.tasks",
         ),
-        (["callbacks.tasks.texts={code: gone.txt}"], r"callbacks\.tasks\.texts\.code=gone\.txt does not exist .*; use"),
+        (
+            ["callbacks.tasks.texts={code: gone.txt}"],
+            r"tasks\.texts\.code=gone\.txt does not exist .*; use '.*texts={code: <a text file>}'",
+        ),
         (["callbacks.tasks.limit=0"], r"callbacks\.tasks\.limit=0 must be at least 1; use callbacks\.tasks\.limit=100"),
         (["callbacks.tasks.every_steps=0"], r"callbacks\.tasks\.every_steps=0 must be at least 1"),
     ],

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from src.checkpoint.position import own_data
 from src.config import Config
+from src.data.config import DataConfig
 from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
 from src.evaluation.config import problems_of_tasks
@@ -66,7 +66,8 @@ class Tasks(Callback):
             try:
                 self._corpora[name] = read_corpus(path)
             except ValueError as error:
-                raise ValueError(str(error).replace("data.path", f"callbacks.tasks.texts.{name}")) from None
+                reason = str(error).split("; use ")[0].replace("data.path", f"callbacks.tasks.texts.{name}")
+                raise ValueError(f"{reason}; use 'callbacks.tasks.texts={{{name}: <a text file>}}'") from None
         self._tasks = None
         if self.config.names:
             from src.evaluation.tasks import load_tasks  # lm-eval takes seconds to import, and may not be installed
@@ -95,24 +96,25 @@ class Tasks(Callback):
 
     def _scores(self, net: GPT, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         data = own_data(trainer)
-        tokenizer, batch_size = (data.tokenizer, data.config.batch_size) if data else (gpt2_tokenizer(), 8)
-        special_tokens, cache = (data.config.special_tokens, data.config.cache_dir) if data else ("parse", None)
+        tokenizer, config = (data.tokenizer, data.config) if data else (gpt2_tokenizer(), DataConfig(batch_size=8))
         _, autocast = in_precision(choose_precision(None, {"precision": str(trainer.precision)}), pl_module.device.type)
         found, sizes = {}, {}
         with autocast:
             for name, corpus in self._corpora.items():
                 if name not in self._tokens:
-                    self._tokens[name], _ = split_tokens(corpus, 1.0, tokenizer, special_tokens, cache)
-                loss = text_loss(net, self._tokens[name], net.config.context_length, batch_size=batch_size)
+                    self._tokens[name], _ = split_tokens(
+                        corpus, 1.0, tokenizer, config.special_tokens, config.cache_dir
+                    )
+                loss = text_loss(net, self._tokens[name], net.config.context_length, batch_size=config.batch_size)
                 found[f"texts/{name}_loss"], sizes[f"texts/{name}_tokens"] = loss.loss, loss.tokens
             if self._tasks:
                 from src.evaluation.harness import HarnessLM
                 from src.evaluation.tasks import run_tasks
 
-                adapter = HarnessLM(net, tokenizer, batch_size)
+                adapter = HarnessLM(net, tokenizer, config.batch_size)
                 for name, score in run_tasks(self._tasks, adapter, self.config.limit).items():
                     (sizes if name.endswith("_examples") else found)[f"tasks/{name}"] = score
         shown = [f"{name} {score:.4f}" for name, score in found.items()]
         shown += [f"{name} {size:,}" for name, size in sizes.items()]
         log.info("step %d: %s", trainer.global_step, ", ".join(shown))
-        return {name: score for name, score in found.items() if not math.isnan(score)}
+        return found

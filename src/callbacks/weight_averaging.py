@@ -93,13 +93,15 @@ class ExponentialMovingAverage(Callback):
 @contextmanager
 def averaged_weights(trainer: Any) -> Iterator[None]:
     """A context in which the model has its averaged weights, if the run averages them."""
-    found = (callback for callback in trainer.callbacks if isinstance(callback, ExponentialMovingAverage))
-    averaging = [callback for callback in found if callback.put_averages(trainer.lightning_module)]
+    module = trainer.lightning_module
+    averaging = [
+        one for one in trainer.callbacks if isinstance(one, ExponentialMovingAverage) and one.put_averages(module)
+    ]
     try:
         yield
     finally:
         for callback in averaging:
-            callback.put_weights_back(trainer.lightning_module)
+            callback.put_weights_back(module)
 
 
 @torch.no_grad()
