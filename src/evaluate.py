@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,7 @@ from omegaconf import DictConfig
 from src.cli import app
 from src.cli.text_of_run import with_data_of_run
 from src.cli.typed import typed
-from src.evaluation.config import EvaluationConfig
+from src.evaluation.config import EvaluationConfig, problems_of_tasks
 from src.files import write_json
 from src.interop.locate import locate
 from src.runs.record import git_revision, versions
@@ -42,14 +40,7 @@ def check(cfg: DictConfig) -> EvaluationConfig:
         locate(config.weights)
     except ValueError as error:
         found += str(error).splitlines()
-    if config.tasks and importlib.util.find_spec("lm_eval") is None:
-        found.append(f'tasks=[{",".join(config.tasks)}] needs lm-eval; pip install -e ".[tasks]"')
-    if config.tasks_path is not None and not Path(os.path.expanduser(config.tasks_path)).is_dir():
-        found.append(
-            f"tasks_path={config.tasks_path} is not a folder (seen from {Path.cwd()}); "
-            f"use tasks_path=<a folder of task files>"
-        )
-    if found:
+    if found := [*found, *problems_of_tasks(config.tasks, config.tasks_path)]:
         raise ValueError("\n".join(found))
     return config
 

@@ -59,7 +59,7 @@ def interrupt(folder: Path, overrides: list[str], kills: int, signals: list[str]
 
 def first_difference(whole: Path, cut: Path) -> str | None:
     """Where two run folders differ first, None where they are bit-identical: in a step's metrics (but for speed), in
-    the final losses, in weights or optimizer state of the checkpoints, in the text samples."""
+    the final losses, in weights, averages or optimizer state of the checkpoints, in the text samples."""
     import torch
 
     rows, others = (rows_of(run / "metrics.csv") for run in (whole, cut))
@@ -78,8 +78,8 @@ def first_difference(whole: Path, cut: Path) -> str | None:
         if not any(file.exists() for file in files):
             continue
         states = [torch.load(file, weights_only=True, mmap=True) for file in files]
-        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "tokens_seen"):
-            if place := _difference(states[0][key], states[1][key], key):
+        for key in ("state_dict", "averaging", "optimizer_states", "lr_schedulers", "global_step", "tokens_seen"):
+            if place := _difference(states[0].get(key), states[1].get(key), key):
                 return f"{name}: {place}"
     samples = [run / "samples.md" for run in (whole, cut)]
     if samples[0].exists() and samples[0].read_text() != samples[1].read_text():

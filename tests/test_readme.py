@@ -127,7 +127,7 @@ def test_commands_for_the_latest_run_work_on_a_tiny_one(command, text, tmp_path,
 
 
 VARIANTS = {
-    "train": [[], ["optimizer=muon"], ["schedule=warmup_stable_decay"], ["data=the_verdict"]],
+    "train": [[], ["optimizer=muon"], ["schedule=warmup_stable_decay"], ["data=the_verdict"], ["callbacks=ema"]],
     "generate": [["weights=x"]],
     "evaluate": [["weights=x"]],
     "export": [["weights=x", "output=y"]],

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pydantic import Field
 
+from src.callbacks.weight_averaging import averaged_weights
 from src.config import Config
 from src.generation.config import Sampling
 from src.generation.decode import generate
@@ -43,7 +44,8 @@ class TextSamples(Callback):
 
     The texts go to the log, to ``samples.md`` in the trainer's root folder, and to each logger that has
     ``log_text(key, columns, data, step)``, as :class:`~src.callbacks.tensorboard.TensorBoard` and Lightning's
-    ``WandbLogger`` do. A generator of their own, seeded by ``seed``, the step and the prompt's index, makes the draws.
+    ``WandbLogger`` do. The weights are those that evaluations score. A generator of their own, seeded by ``seed``, the
+    step and the prompt's index, makes the draws.
 
     Raises:
         ValueError: prompts that are not a list of texts, an empty prompt, or a number out of range.
@@ -90,9 +92,10 @@ class TextSamples(Callback):
         if self._step == trainer.global_step:
             return
         self._step = trainer.global_step
-        net = whole_net(pl_module.net, trainer)
-        if trainer.is_global_zero and net is not None:
-            self._write(net, trainer, pl_module)
+        with averaged_weights(trainer):
+            net = whole_net(pl_module.net, trainer)
+            if trainer.is_global_zero and net is not None:
+                self._write(net, trainer, pl_module)
 
     def _write(self, net: GPT, trainer: Trainer, pl_module: Any) -> None:
         texts = [f"## step {trainer.global_step}, epoch {pl_module.epochs_seen:.2f}"]

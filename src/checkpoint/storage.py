@@ -27,7 +27,7 @@ def write_sealed(content: dict[str, Any], path: Path, previous: Path | None = No
         ValueError: the weights or the optimizer state in ``content`` are not finite. Nothing was written.
         OSError: the disk is full or cannot be written to. The file at ``path`` is unchanged.
     """
-    trained = _tensors([content.get("state_dict"), content.get("optimizer_states")])
+    trained = _tensors([content.get(key) for key in ("state_dict", "averaging", "optimizer_states")])
     tensors = [value for value in trained if value.is_floating_point() and value.numel()]
     # A sum takes a tenth of the time of isfinite on each element, but may overflow: then look at the elements.
     if not all(value.sum().isfinite() or value.isfinite().all() for value in tensors):

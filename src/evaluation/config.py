@@ -1,5 +1,8 @@
 """What to evaluate."""
 
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
@@ -54,3 +57,17 @@ class EvaluationConfig(Config):
         if found:
             raise ValueError("\n".join(found))
         return self
+
+
+def problems_of_tasks(
+    names: Sequence[str], folder: str | None, key: str = "tasks", folder_key: str = "tasks_path"
+) -> list[str]:
+    """Why no task can be loaded: lm-eval or the ``folder`` of task files is missing. The keys are the overrides that
+    named the tasks and the folder."""
+    found = []
+    if names and importlib.util.find_spec("lm_eval") is None:
+        found.append(f'{key}=[{",".join(names)}] needs lm-eval; pip install -e ".[tasks]"')
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        cure = f"use {folder_key}=<a folder of task files>"
+        found.append(f"{folder_key}={folder} is not a folder (seen from {Path.cwd()}); {cure}")
+    return found

@@ -21,17 +21,17 @@ BOOTSTRAP = 1000  # samples for the standard error of metrics without a formula,
 FEWSHOT_SEED = 1234  # lm-eval's own, which published results use
 
 
-def load_tasks(names: Sequence[str], folder: str | None = None) -> TaskDict:
+def load_tasks(names: Sequence[str], folder: str | None = None, key: str = "tasks") -> TaskDict:
     """The tasks, groups and tags called ``names``, which may be patterns such as ``mmlu_*``, with their data. Task
-    files in ``folder`` come before lm-eval's own.
+    files in ``folder`` come before lm-eval's own. ``key`` is the override that named them.
 
     Raises:
         ValueError: an unknown name, a broken task file, or data that cannot be downloaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = _manager(names, folder)
-    known = find_names(names, manager.all_tasks)
-    asked = f"tasks=[{','.join(names)}]"
+    known = find_names(names, manager.all_tasks, key)
+    asked = f"{key}=[{','.join(names)}]"
     try:
         loaded = manager.load(known)
     except ConnectionError as error:
@@ -59,7 +59,7 @@ def _manager(names: Sequence[str], folder: str | None) -> TaskManager:
     return TaskManager(include_path=folder)
 
 
-def find_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
+def find_names(names: Sequence[str], known: Sequence[str], key: str = "tasks") -> list[str]:
     """The ``known`` names that match ``names``, which may be patterns.
 
     Raises:
@@ -71,7 +71,7 @@ def find_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
         found += matching
         if not matching:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            unknown.append(f"tasks=[{name}] is not a task of lm-eval; use 'tasks=[{''.join(nearest)}]'")
+            unknown.append(f"{key}=[{name}] is not a task of lm-eval; use '{key}=[{''.join(nearest)}]'")
     if unknown:
         raise ValueError("\n".join(unknown))
     return list(dict.fromkeys(found))

@@ -32,11 +32,11 @@ def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, 
     :func:`save_weights`, a Hugging Face folder, a folder with OpenAI's TensorFlow checkpoint, the book's ``.pth``, or
     gpt2, gpt2-medium, gpt2-large, gpt2-xl. ``key`` is the override that named it, for the messages.
 
-    Of a run folder this is ``best.ckpt``, or the newest checkpoint if that is missing or damaged.
+    Of a run folder this is ``best.ckpt``, or the newest checkpoint if that is missing or damaged. Where a checkpoint
+    has averaged weights it is these, because its validation loss is theirs.
 
     Raises:
-        ValueError: it is missing, damaged, another model, or cannot be downloaded; one line that a terminal can show,
-            whatever the file contains.
+        ValueError: it is missing, damaged, another model, or cannot be downloaded; one printable line.
     """
     return read_model(weights, key)[:2]
 
@@ -77,10 +77,7 @@ def read_model(weights: str | Path, key: str = "weights") -> Model:
 
 
 def load_weights(
-    weights: str | Path,
-    device: torch.device | str = "cpu",
-    key: str = "weights",
-    dtype: torch.dtype = torch.float32,
+    weights: str | Path, device: torch.device | str = "cpu", key: str = "weights", dtype: torch.dtype = torch.float32
 ) -> GPT:
     """The model that ``weights`` names, in evaluation mode. See :func:`read_weights`."""
     return build(*read_weights(weights, key)).to(device, dtype).eval()
@@ -146,7 +143,10 @@ def _model_in(content: Any, path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     try:
         if "hyper_parameters" in content:
             config = GPTConfig(**content["hyper_parameters"]["model"])
-            tensors = {name.removeprefix("net."): value for name, value in content["state_dict"].items()}
+            if "averaging" in content:
+                log.info("using the averaged weights in %s", printable(path))
+            kept = content.get("averaging", content)["state_dict"]
+            tensors = {name.removeprefix("net."): value for name, value in kept.items()}
         elif "config" in content:
             config, tensors = GPTConfig(**content["config"]), content["state_dict"]
         else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from src.callbacks.weight_averaging import ExponentialMovingAverage
 from src.device import device_name
 from src.memory import free_memory, peak_memory, used_memory
 from src.model.architectures import count_parameters
@@ -48,8 +49,10 @@ def make_plan(config: TrainConfig, trainer: Trainer, data: TextDataModule, steps
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     parameters = count_parameters(config.model)
     memory = forecast_memory(config, device.type, precision)
-    lines = {"memory": _memory_line(memory, trainer, config)}
-    needed, room = 2 * (memory.weights + memory.optimizer), shutil.disk_usage(folder).free
+    averaged = any(isinstance(one, ExponentialMovingAverage) for one in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    averages = memory.weights * averaged
+    lines = {"memory": _memory_line(memory, trainer, config, averages)}
+    needed, room = 2 * (memory.weights + memory.optimizer + averages), shutil.disk_usage(folder).free
     if trainer.checkpoint_callbacks:
         lines["disk"] = f"{_gb(needed)} for two checkpoints, {_gb(room)} are free"
     if trainer.checkpoint_callbacks and room < needed:
@@ -73,19 +76,19 @@ def make_plan(config: TrainConfig, trainer: Trainer, data: TextDataModule, steps
     return Plan(parameters, lines)
 
 
-def _memory_line(memory: Memory, trainer: Trainer, config: TrainConfig) -> str:
+def _memory_line(memory: Memory, trainer: Trainer, config: TrainConfig, averages: int) -> str:
     device, ranks = trainer.strategy.root_device, 1
     if config.trainer.strategy == "fsdp":
         return "not forecast for fsdp"
     if device.type == "cpu":
         ranks = trainer.num_devices  # which share the memory
-    buckets = memory.gradients if trainer.world_size > 1 else 0  # of DistributedDataParallel
-    step, free = (memory.peak + buckets) * ranks, free_on(device)
+    more = averages + (memory.gradients if trainer.world_size > 1 else 0)  # DistributedDataParallel's buckets
+    step, free = (memory.peak + more) * ranks, free_on(device)
     if free is not None and step > free:
         kept = (memory.weights + memory.gradients + memory.optimizer) * ranks
         cure = "; use a smaller model, or trainer=fsdp on several GPUs" if kept > free else ""
         raise MemoryError(f"a training step needs {_gb(step)}, {_gb(free)} are free{cure}")
-    needed = needed_memory(memory, device.type) + buckets
+    needed = needed_memory(memory, device.type) + more
     verdict = "" if free is None else f", {_gb(free)} are free"
     if free is not None and needed * ranks > free:
         verdict += ", which may not be enough"

@@ -124,7 +124,9 @@ class TrainConfig(Config):
         return found
 
     def _nodes(self) -> list[str]:
-        return [
+        averaging = "ema" in self.callbacks and self.trainer.strategy == "fsdp"
+        sharded = ["callbacks=ema does not average sharded weights; use trainer=ddp, or ~callbacks.ema"]
+        return sharded * averaging + [
             f"{group}.{name}={node} has no _target_ to build; use ~{group}.{name}"
             for group in ("callbacks", "logger")
             for name, node in getattr(self, group).items()
