@@ -36,6 +36,7 @@ KINDS = {  # of values that are read again
     "config": dict,
 }
 OUTPUTS = ("run.json", "tokenizer.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
+OUTPUTS += ("wandb", "wandb_run_id", "mlflow_run_id")
 
 
 class RunRecord:
