@@ -80,7 +80,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     from lightning.pytorch import seed_everything
 
     from src.checkpoint.interruption import Interruption
-    from src.runs import report
+    from src.runs import report, reproduce
     from src.runs.fit import build_data, check_disk, fit
     from src.runs.start import find_start
     from src.training.trainer import build_module, build_trainer, continue_logs, ended_logs
@@ -112,10 +112,12 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             record.start(start.step)
         record.describe(config, trainer, module, data)
         report.print_start_card(config, record.values, trainer, data, steps)
+        reproduce.print_differences(config, record)
         processes.wait_for_all()
         if not config.dry_run:
             with ended_logs(trainer):
                 fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
+            reproduce.print_outcome(config, record)
         record.update(status="checked" if config.dry_run else "completed")
     report.print_summary(record.values, folder)
     return Run(folder, trainer, module, data, record.values)
