@@ -83,7 +83,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     from src.runs import report, reproduce
     from src.runs.fit import build_data, check_disk, fit
     from src.runs.start import find_start
-    from src.training.trainer import build_module, build_trainer, continue_logs, ended_logs
+    from src.training.trainer import build_module, build_trainer, continue_logs
 
     first = processes.rank() == 0
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -94,8 +94,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         RunRecord(folder, config, command, overrides, writes=first, in_sweep=ranks.sweeping()) as record,
     ):
         start = find_start(config, folder)
-        watching, loggers = built(config.callbacks), built(config.logger, save_dir=str(folder)) if first else []
-        trainer = build_trainer(start.config, folder, interruption, watching, loggers, processes.world_size())
+        watching, record.loggers = built(config.callbacks), built(config.logger, save_dir=str(folder)) if first else []
+        trainer = build_trainer(start.config, folder, interruption, watching, record.loggers, processes.world_size())
         seed_everything(config.seed, verbose=False)
         data, batches, steps = build_data(start, trainer)
         start.check(data, batches, steps, finished=record.completed_before or not config.resume)
@@ -115,8 +115,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         reproduce.print_differences(config, record)
         processes.wait_for_all()
         if not config.dry_run:
-            with ended_logs(trainer):
-                fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
+            fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
             reproduce.print_outcome(config, record)
         record.update(status="checked" if config.dry_run else "completed")
     report.print_summary(record.values, folder)

@@ -1,4 +1,7 @@
-"""Weights & Biases and MLflow. The run folder keeps the id of its tracked run, which a resumed run continues."""
+"""Weights & Biases and MLflow. The run folder keeps the id of its tracked run, so that a resumed run continues that.
+
+A package, a login or a store that is missing is a ValueError of one line.
+"""
 
 import os
 from collections.abc import Iterator
@@ -11,17 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from src.files import write_text
 
-EXIT_CODES = {"completed": 0, "interrupted": 255, "failed": 1}  # those that wandb itself gives a run at exit
-STATUSES = {"completed": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+EXIT_CODES = {"completed": 0, "interrupted": 255}  # as wandb's own after Ctrl-C; others: 1
+STATUSES = {"completed": "FINISHED", "interrupted": "KILLED"}  # others: FAILED
 
 
 class WandB(WandbLogger):
-    """Lightning's logger, with the files of wandb in ``save_dir``; ``options`` are its other arguments and those of
-    ``wandb.init``.
-
-    Raises:
-        ValueError: wandb is not installed.
-    """
+    """Lightning's logger, with wandb's files in ``save_dir``; ``options`` are its other arguments."""
 
     def __init__(self, save_dir: str | Path, **options: Any) -> None:
         self.started, self.id_file = False, Path(save_dir, "wandb_run_id")
@@ -30,30 +28,21 @@ class WandB(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:
-        """Start the tracked run or continue it, and set ``params``.
-
-        Raises:
-            ValueError: wandb refuses to, for example without a login.
-        """
+        """Start the tracked run, or continue it, with ``params``."""
         with _one_line("wandb", "wandb login, or WANDB_MODE=offline in the environment"):
             write_text(self.id_file, self.experiment.id)
         self.started = True
         super().log_hyperparams(params)
 
-    @rank_zero_only
     def finish(self, status: str) -> None:
         """End the tracked run; ``status`` is that of ``run.json``."""
         if self.started:
-            self.experiment.finish(exit_code=EXIT_CODES[status])
+            self.experiment.finish(EXIT_CODES.get(status, 1))
 
 
 class MLflow(MLFlowLogger):
-    """Lightning's logger, with texts and images as artifacts; ``options`` are its other arguments. Without a
-    ``tracking_uri`` and without ``MLFLOW_TRACKING_URI`` in the environment, runs are kept in ``outputs/mlflow.db``.
-
-    Raises:
-        ValueError: MLflow is not installed, or cannot open its store.
-    """
+    """Lightning's logger, with texts and images as artifacts; ``options`` are its other arguments. The store is
+    ``tracking_uri``, else ``MLFLOW_TRACKING_URI`` in the environment, else ``outputs/mlflow.db``."""
 
     def __init__(self, save_dir: str | Path, tracking_uri: str | None = None, **options: Any) -> None:
         self.started, self.id_file = False, Path(save_dir, "mlflow_run_id")
@@ -66,26 +55,22 @@ class MLflow(MLFlowLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:
-        """Start the tracked run or continue it, and set ``params``. MLflow refuses other values for parameters that
-        the run has: those become tags.
-
-        Raises:
-            ValueError: the store cannot be reached, or does not have the run.
-        """
+        """Start the tracked run, or continue it, with ``params``. Those that it has with other values, which MLflow
+        does not change, become tags."""
         with _one_line("mlflow", f"MLFLOW_TRACKING_URI=<its store>, or remove {self.id_file} for a new run"):
             client, run_id = self.experiment, self.run_id
-            write_text(self.id_file, str(run_id))
             client.update_run(run_id, "RUNNING")
             known = client.get_run(run_id).data.params
+        write_text(self.id_file, str(run_id))
         self.started = True
         super().log_hyperparams({key: value for key, value in params.items() if key not in known})
         for key in known.keys() & params.keys():
-            if known[key] != str(params[key]):
+            if known[key] != str(params[key])[:250]:  # as much as Lightning logs
                 client.set_tag(run_id, key, str(params[key]))
 
     @rank_zero_only
     def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int = 0) -> None:
-        """Store the cells of ``data``, in Markdown, as the artifact ``<key>/<step>.md``."""
+        """Store the cells of ``data``, in Markdown, as ``<key>/<step>.md``."""
         text = "\n\n".join(cell for row in data for cell in row)
         self.experiment.log_text(self.run_id, text, f"{key}/{step:08}.md")
 
@@ -96,13 +81,12 @@ class MLflow(MLFlowLogger):
             self.experiment.log_image(self.run_id, image, key=key, step=step)
 
     def finalize(self, status: str = "success") -> None:
-        """Nothing, because each evaluation ends with a call of it: :meth:`finish` ends the run."""
+        """Nothing: Lightning calls this after each evaluation too."""
 
-    @rank_zero_only
     def finish(self, status: str) -> None:
         """End the tracked run; ``status`` is that of ``run.json``."""
         if self.started:
-            self.experiment.set_terminated(self.run_id, STATUSES[status])
+            self.experiment.set_terminated(self.run_id, STATUSES.get(status, "FAILED"))
 
 
 def _name(save_dir: str | Path) -> str:
@@ -122,4 +106,5 @@ def _one_line(tracker: str, cure: str = "") -> Iterator[None]:
     except ImportError:
         raise ValueError(f"logger={tracker} needs a package that is not installed; use {install}") from None
     except Exception as error:
-        raise ValueError(f"logger={tracker} fails: {str(error).splitlines()[0]}; use {cure or install}") from error
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"logger={tracker} fails: {line}; use {cure or install}") from error

@@ -41,8 +41,6 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     if sweeping:
         raise ValueError(f"resume={asked} continues one run and cannot be part of a sweep; leave out -m")
     folder, record = _run("resume", asked, new)
-    if _overrides_in(record) is None:
-        raise ValueError(f"resume={folder} has a damaged run.json; use ckpt_path={folder}/checkpoints/last.ckpt")
     if starts := {key_of(override) for override in new} & {"ckpt_path", "weights", "reproduce"}:
         raise ValueError(
             f"resume={asked} starts from its own checkpoint; leave out {' and '.join(starts)}, or use resume=null"
@@ -54,13 +52,14 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
 
 
 def _run(key: str, asked: str, new: list[str]) -> tuple[Path, dict[str, Any]]:
-    """The run folder that ``<key>=<asked>`` names beside the overrides ``new``, and its record."""
+    """The run folder that ``<key>=<asked>`` names, with the overrides ``new``, and its record."""
     folder = latest_run(key, new) if asked == "latest" else Path(asked)
     if not (folder / "run.json").is_file():
-        raise ValueError(
-            f"{key}={asked} is not a run folder (seen from {Path.cwd()}), it has no run.json; use {key}=latest"
-        )
-    return folder, read_record(folder)
+        raise ValueError(f"{key}={asked} is not a run folder (seen from {Path.cwd()}); use {key}=latest")
+    if _overrides_in(record := read_record(folder)) is None:
+        cure = f"ckpt_path={folder}/checkpoints/last.ckpt" if key == "resume" else f"{key}=<another run folder>"
+        raise ValueError(f"{key}={folder} has a damaged run.json; use {cure}")
+    return folder, record
 
 
 def _reproduced(overrides: list[str]) -> list[str]:
@@ -69,8 +68,6 @@ def _reproduced(overrides: list[str]) -> list[str]:
     if not given or given[-1] in ("", "null"):
         return []
     folder, record = _run("reproduce", given[-1], new)
-    if _overrides_in(record) is None:
-        raise ValueError(f"reproduce={folder} has a damaged run.json; use reproduce=<another run folder>")
     saved = _saved_overrides(record, f"reproduce={folder}", new, new, drop=("reproduce",))
     return [*flags, *saved, *with_latest_weights(new), f"reproduce={quoted(folder)}"]
 
@@ -107,8 +104,7 @@ def _saved_overrides(
 ) -> list[str]:
     """The overrides in the ``record`` of a run that ``new`` ones do not replace, if they can be trusted: this user
     signed them, or has typed them again."""
-    saved = _overrides_in(record)
-    assert saved is not None
+    saved = _overrides_in(record) or []
     own = record.get("signature") == signature(saved) is not None
     named = {key_of(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen again comes with its own values

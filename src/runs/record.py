@@ -61,6 +61,7 @@ class RunRecord:
     ) -> None:
         self.path = folder / "run.json"
         self.trained = False  # an optimizer step was made
+        self.loggers: list[Any] = []  # those that have finish(status) are told how the run ended
         resumed = bool(config.resume)
         from filelock import FileLock  # it imports asyncio, and a wrong command line is answered without
 
@@ -95,6 +96,10 @@ class RunRecord:
         try:
             with suppress(*([OSError] if error else [])):  # the first error is reported, not a full disk after it
                 self.update(**_outcome(error), seconds=self.seconds_before + time.perf_counter() - self._began)
+            with suppress(*([Exception] if error else [])):
+                for logger in self.loggers:
+                    if finish := getattr(logger, "finish", None):
+                        finish(self.values["status"])
             nothing_trained = self.values["status"] == "checked" or (error and not isinstance(error, Interrupted))
             if nothing_trained and not self._in_sweep:  # whose table lists every job
                 self._discard_untrained()

@@ -3,8 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from src.checkpoint.callbacks import RunCheckpoints
-from src.checkpoint.interruption import Interrupted, Interruption
+from src.checkpoint.interruption import Interruption
 from src.checkpoint.plugin import SealedCheckpointIO
 from src.checkpoint.position import RunPosition
 from src.device import pick_accelerator, pick_precision
@@ -102,20 +101,3 @@ def continue_logs(trainer: Trainer, step: int) -> None:
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if resume := getattr(logger, "resume", None):  # metrics.csv and TensorBoard
             resume(step)
-
-
-@contextmanager
-def ended_logs(trainer: Trainer) -> Iterator[None]:
-    """Tell the loggers that want to know with which status the run ends: ``completed``, ``interrupted`` or
-    ``failed``."""
-    status = "failed"
-    try:
-        yield
-        status = "completed"
-    except Interrupted:
-        status = "interrupted"
-        raise
-    finally:
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            if finish := getattr(logger, "finish", None):  # W&B and MLflow
-                finish(status)
