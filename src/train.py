@@ -80,7 +80,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     from lightning.pytorch import seed_everything
 
     from src.checkpoint.interruption import Interruption
-    from src.runs import report
+    from src.runs import report, reproduce
     from src.runs.fit import build_data, fit
     from src.runs.plan import make_plan
     from src.runs.start import find_start
@@ -95,8 +95,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         RunRecord(folder, config, command, overrides, writes=first, in_sweep=ranks.sweeping()) as record,
     ):
         start = find_start(config, folder)
-        watching, loggers = built(config.callbacks), built(config.logger, save_dir=str(folder))
-        trainer = build_trainer(start.config, folder, interruption, watching, loggers, processes.world_size())
+        watching, record.loggers = built(config.callbacks), built(config.logger, save_dir=str(folder)) if first else []
+        trainer = build_trainer(start.config, folder, interruption, watching, record.loggers, processes.world_size())
         seed_everything(config.seed, verbose=False)
         data, batches, steps = build_data(start, trainer)
         start.check(data, batches, steps, finished=record.completed_before or not config.resume)
@@ -111,12 +111,14 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             record.start(start.step)
         record.describe(config, trainer, data, plan.parameters)
         report.print_start_card(config, record.values, trainer, data, steps, plan.lines)
+        reproduce.print_differences(config, record)
         processes.wait_for_all()
         module = None
         if not config.dry_run:
             module = build_module(config, device, schedule_steps, start.skip_batches(data.windows_per_batch))
             start.load_weights(module)
             fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
+            reproduce.print_outcome(config, record)
         record.update(status="checked" if config.dry_run else "completed")
     report.print_summary(record.values, folder)
     return Run(folder, trainer, module, data, record.values)

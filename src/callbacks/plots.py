@@ -27,9 +27,8 @@ EVERY_SECONDS = 60  # between drawings, each of which takes one or two seconds
 
 class LossPlot(Callback):
     """Draws ``plots/loss.png`` and ``plots/perplexity.png`` in the trainer's root folder and gives them to each logger
-    that has ``log_image(key, images, step)``, as :class:`~src.callbacks.tensorboard.TensorBoard` and Lightning's
-    ``WandbLogger`` do. It draws at the end of training, and after an evaluation or an epoch if ``EVERY_SECONDS`` have
-    passed.
+    that has ``log_image(key, images, step)`` with the arguments of Lightning's ``WandbLogger``. It draws at the end of
+    training, and after an evaluation or an epoch if ``EVERY_SECONDS`` have passed.
 
     The checkpoint keeps the data, so the curves of a resumed run are complete: every evaluation, and the tokens seen,
     loss and learning rate of every optimizer step. With more than ``MOST_POINTS`` steps, each point is the mean over 2,

@@ -43,9 +43,8 @@ class TextSamples(Callback):
     ``every_n_epochs`` epochs, and after an evaluation if a tenth of the run has passed since the last time.
 
     The texts go to the log, to ``samples.md`` in the trainer's root folder, and to each logger that has
-    ``log_text(key, columns, data, step)``, as :class:`~src.callbacks.tensorboard.TensorBoard` and Lightning's
-    ``WandbLogger`` do. The weights are those that evaluations score. A generator of their own, seeded by ``seed``, the
-    step and the prompt's index, makes the draws.
+    ``log_text(key, columns, data, step)`` with the arguments of Lightning's ``WandbLogger``. The weights are those that
+    evaluations score. A generator of their own, seeded by ``seed``, the step and the prompt's index, makes the draws.
 
     Raises:
         ValueError: prompts that are not a list of texts, an empty prompt, or a number out of range.

@@ -1,4 +1,4 @@
-"""The overrides of a run that is continued."""
+"""The overrides of a run that is continued or reproduced."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ COMMAND = "GPT2_LIGHTNING_COMMAND"  # in the environment: the command as typed, 
 def resumed_overrides(overrides: list[str]) -> list[str]:
     """The overrides to compose for the ``overrides`` of ``src.train``.
 
-    ``resume=<run folder>|latest`` or ``ckpt_path=<checkpoint or run folder>|latest`` puts the overrides of that run
-    before the given ones. A job that SLURM has requeued resumes the run that it began.
+    ``resume=<run folder>|latest``, ``reproduce=<run folder>|latest`` or ``ckpt_path=<checkpoint or run folder>|latest``
+    puts the overrides of that run before the given ones. A job that SLURM has requeued resumes the run that it began.
 
     Raises:
         ValueError: there is no such run, or its overrides name code to execute and another user wrote them.
@@ -37,18 +37,11 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         given, new = [str(begun)], []  # the same command, started again
     asked = given[-1] if given else None
     if asked in (None, "", "null"):
-        return _from_checkpoint(with_latest_weights(overrides))
+        return _reproduced(overrides) or _from_checkpoint(with_latest_weights(overrides))
     if sweeping:
         raise ValueError(f"resume={asked} continues one run and cannot be part of a sweep; leave out -m")
-    folder = latest_run("resume", new) if asked == "latest" else Path(asked)
-    record = read_record(folder)
-    if not (folder / "run.json").is_file():
-        raise ValueError(
-            f"resume={asked} is not a run folder (seen from {Path.cwd()}), it has no run.json; use resume=latest"
-        )
-    if _overrides_in(record) is None:
-        raise ValueError(f"resume={folder} has a damaged run.json; use ckpt_path={folder}/checkpoints/last.ckpt")
-    if starts := {key_of(override) for override in new} & {"ckpt_path", "weights"}:
+    folder, record = _run("resume", asked, new)
+    if starts := {key_of(override) for override in new} & {"ckpt_path", "weights", "reproduce"}:
         raise ValueError(
             f"resume={asked} starts from its own checkpoint; leave out {' and '.join(starts)}, or use resume=null"
         )
@@ -56,6 +49,27 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     attempts = len(record.get("resumed_at", [])) + 1
     places = [f"hydra.run.dir={quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
     return [*flags, *saved, *new, f"resume={quoted(folder)}", *places]
+
+
+def _run(key: str, asked: str, new: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The run folder that ``<key>=<asked>`` names, with the overrides ``new``, and its record."""
+    folder = latest_run(key, new) if asked == "latest" else Path(asked)
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{key}={asked} is not a run folder (seen from {Path.cwd()}); use {key}=latest")
+    if _overrides_in(record := read_record(folder)) is None:
+        cure = f"ckpt_path={folder}/checkpoints/last.ckpt" if key == "resume" else f"{key}=<another run folder>"
+        raise ValueError(f"{key}={folder} has a damaged run.json; use {cure}")
+    return folder, record
+
+
+def _reproduced(overrides: list[str]) -> list[str]:
+    """``overrides``, after those of the run that ``reproduce`` names; none if it names none."""
+    flags, new, given = _taken_apart(overrides, "reproduce")
+    if not given or given[-1] in ("", "null"):
+        return []
+    folder, record = _run("reproduce", given[-1], new)
+    saved = _saved_overrides(record, f"reproduce={folder}", new, new, drop=("reproduce",))
+    return [*flags, *saved, *with_latest_weights(new), f"reproduce={quoted(folder)}"]
 
 
 def _from_checkpoint(overrides: list[str]) -> list[str]:
@@ -76,7 +90,7 @@ def _from_checkpoint(overrides: list[str]) -> list[str]:
     if run and _overrides_in(record) is None:
         log.warning("%s: the run.json of its run is damaged, the overrides of that run are not used", asked)
         run = None
-    saved = _saved_overrides(record, asked, new, new, drop=("weights", "ckpt_path")) if run else []
+    saved = _saved_overrides(record, asked, new, new, drop=("weights", "ckpt_path", "reproduce")) if run else []
     return [*flags, *saved, *new, f"ckpt_path={quoted(path)}"]
 
 
@@ -90,8 +104,7 @@ def _saved_overrides(
 ) -> list[str]:
     """The overrides in the ``record`` of a run that ``new`` ones do not replace, if they can be trusted: this user
     signed them, or has typed them again."""
-    saved = _overrides_in(record)
-    assert saved is not None
+    saved = _overrides_in(record) or []
     own = record.get("signature") == signature(saved) is not None
     named = {key_of(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen again comes with its own values

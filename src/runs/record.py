@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.interruption import Interrupted
-from src.files import read_json, remove_folder, replacing, write_json
+from src.files import read_json, remove_folder, replacing, write_json, write_text
 from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,14 +28,15 @@ PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy"
 LINGERING = 15  # seconds
 KEY_BYTES = 32
 KINDS = {  # of values that are read again
-    **dict.fromkeys(("status", "command", "slurm_job"), str),
+    **dict.fromkeys(("status", "command", "slurm_job", "git", "device", "precision", "data_sha256"), str),
     **dict.fromkeys(("overrides", "resumed_at"), list),
     **dict.fromkeys(
         ("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss", "val_perplexity"), int | float
     ),
-    "config": dict,
+    **dict.fromkeys(("config", "versions"), dict),
 }
 OUTPUTS = ("run.json", "tokenizer.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
+OUTPUTS += ("code.diff", "wandb", "wandb_run_id", "mlflow_run_id")
 
 
 class RunRecord:
@@ -60,6 +61,7 @@ class RunRecord:
     ) -> None:
         self.path = folder / "run.json"
         self.trained = False  # an optimizer step was made
+        self.loggers: list[Any] = []  # those that have finish(status) are told how the run ended
         resumed = bool(config.resume)
         from filelock import FileLock  # it imports asyncio, and a wrong command line is answered without
 
@@ -94,6 +96,10 @@ class RunRecord:
         try:
             with suppress(*([OSError] if error else [])):  # the first error is reported, not a full disk after it
                 self.update(**_outcome(error), seconds=self.seconds_before + time.perf_counter() - self._began)
+            with suppress(*([Exception] if error else [])):
+                for logger in self.loggers:
+                    if finish := getattr(logger, "finish", None):
+                        finish(self.values["status"])
             nothing_trained = self.values["status"] == "checked" or (error and not isinstance(error, Interrupted))
             if nothing_trained and not self._in_sweep:  # whose table lists every job
                 self._discard_untrained()
@@ -121,8 +127,13 @@ class RunRecord:
             )
 
     def start(self, resumed_at: int | None = None) -> None:
-        """From now on the record is this process's; ``resumed_at`` is the step that it continues."""
+        """From now on the record is this process's; ``resumed_at`` is the step that it continues. What its code has
+        that the commit has not is kept beside it."""
         self._started = self._writes
+        if self._writes:
+            (code := self.path.with_name("code.diff")).unlink(missing_ok=True)
+            if changed := git_diff("HEAD"):
+                write_text(code, changed)
         if resumed_at is not None:
             self.resumed_at.append(resumed_at)
             self.values["resumed_at"] = self.resumed_at
@@ -213,14 +224,19 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """The checked-out commit, with ``-dirty`` where files differ from it; None outside of a repository."""
+    return (_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "").strip() or None
+
+
+def git_diff(revision: str) -> str | None:
+    """What differs in ``src`` and ``conf`` from ``revision``; None if the repository does not have it, or is none."""
+    return _git("diff", "--no-color", "--no-ext-diff", "--full-index", revision, "--", "src", "conf")
+
+
+def _git(*arguments: str) -> str | None:
     try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return git.stdout.strip() or None
+    return done.stdout if done.returncode == 0 else None

@@ -107,12 +107,20 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def print_changes(before: dict[str, Any], config: dict[str, Any]) -> None:
-    """What differs from the config that a resumed run had when it was last started: overrides, or an edited YAML."""
+def changes(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """The values of ``config`` that were others in the record ``before``: overrides, or an edited YAML."""
     old = dict(_flat(before.get("config", {})))
-    for key, value in _flat(config):
-        if key not in ("resume", "dry_run") and old.get(key, value) != value:
-            log.warning("changed: %s=%s, was %s", key, value, old[key])
+    return [
+        f"{key}={value}, was {old[key]}"
+        for key, value in _flat(config)
+        if key not in ("resume", "reproduce", "dry_run") and old.get(key, value) != value
+    ]
+
+
+def print_changes(before: dict[str, Any], config: dict[str, Any]) -> None:
+    """What differs from the config that a resumed run had when it was last started."""
+    for change in changes(before, config):
+        log.warning("changed: %s", change)
 
 
 def _print_interrupted(interrupted: Interrupted, folder: Path, command: str) -> None:

@@ -70,6 +70,7 @@ class TrainConfig(Config):
     seed: int = Field(default=123, ge=0)
     name: str = "gpt2"
     resume: str | None = None
+    reproduce: str | None = None
     ckpt_path: str | None = None
     weights: str | None = None
     skip_batches: tuple[int, ...] = ()
