@@ -76,8 +76,8 @@ def test_record(finished):
     record = json.loads((run / "run.json").read_text())
     assert list(record) == [
         "status", "command", "overrides", "signature", "config", "versions", "git", "data_sha256", "parameters",
-        "device", "precision", "optimizer_steps", "tokens_seen", "tokens_per_second", "train_loss", "val_loss",
-        "val_perplexity", "seconds",
+        "device", "precision", "best_val_loss", "optimizer_steps", "tokens_seen", "tokens_per_second", "train_loss",
+        "val_loss", "val_perplexity", "val_tokens", "seconds",
     ]  # fmt: skip
     assert record["status"] == "completed"
     assert record["command"] == "python -m src.train eval.every_steps=1 name=first model=gpt2_tiny trainer.max_steps=2"

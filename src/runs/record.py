@@ -33,6 +33,7 @@ KINDS = {  # of values that are read again
     **dict.fromkeys(
         ("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss", "val_perplexity"), int | float
     ),
+    **dict.fromkeys(("best_val_loss", "val_tokens", "parameters", "tokens_per_second"), int | float),
     "config": dict,
 }
 OUTPUTS = ("run.json", "tokenizer.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
@@ -80,6 +81,7 @@ class RunRecord:
             "config": config.model_dump(mode="json"),
             "versions": versions(),
             "git": git_revision(),
+            **{key: value for key, value in before.items() if key == "best_val_loss"},
         }
         if "SLURM_JOB_ID" in os.environ:
             self.values["slurm_job"] = os.environ["SLURM_JOB_ID"]
@@ -164,7 +166,9 @@ def _outcome(error: BaseException | None) -> dict[str, str]:
         return {}
     if isinstance(error, Interrupted):
         return {"status": "interrupted", "error": error.signal.name}
-    return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    from src.device import is_out_of_memory
+
+    return {"status": "oom" if is_out_of_memory(error) else "failed", "error": f"{type(error).__name__}: {error}"}
 
 
 def read_record(folder: Path) -> dict[str, Any]:

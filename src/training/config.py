@@ -72,6 +72,7 @@ class TrainConfig(Config):
     resume: str | None = None
     ckpt_path: str | None = None
     weights: str | None = None
+    sweep: dict[str, str | None] = Field(default_factory=dict)
     skip_batches: tuple[int, ...] = ()
     tokens_per_step: int | None = Field(default=None, ge=1, examples=[524288])
     kernels: Literal["fast", "plain"] = "fast"
