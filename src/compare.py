@@ -93,6 +93,8 @@ def compare(cfg: DictConfig) -> list[dict[str, Any]]:
 def with_runs(arguments: list[str]) -> list[str]:
     """``arguments`` with ``runs=`` in place of those that are no override: run folders, patterns or ``latest``."""
     plain = [each for each in arguments if not each.startswith("-") and ("=" not in each or os.path.lexists(each))]
+    if not arguments:
+        raise ValueError("runs is needed; use python -m src.compare <run folder> <run folder>")
     if not plain:
         return arguments
     paths = [quoted(latest_run("runs") if each == "latest" else each) for each in plain]

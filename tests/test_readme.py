@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from src.cli import app
 from src.cli import overrides as cli
 from src.cli.latest import with_latest_weights
-from src.cli.resume import resumed_overrides
+from src.cli.sweep import resumed_sweep
 
 ROOT = cli.CONF.parent
 NAMES = ("README.md", "conf/README.md", "src/README.md", "tests/README.md")
@@ -46,10 +46,11 @@ EXTENDED = [command for example in EXAMPLES for command in commands_in(example)]
 COMMANDS = [line for text in READMES.values() for line in commands_in(text) if line not in EXTENDED]
 COMMANDS = list(dict.fromkeys(COMMANDS))
 REWRITES = {  # what becomes of a command's overrides before they are composed
-    "train": resumed_overrides,
+    "train": resumed_sweep,
     "generate": with_latest_weights,
     "evaluate": lambda overrides: door("evaluate").with_data_of_run(overrides),
     "export": with_latest_weights,
+    "compare": lambda overrides: door("compare").with_runs(overrides),
 }
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
@@ -133,6 +134,7 @@ VARIANTS = {
     "export": [["weights=x", "output=y"]],
     "prepare": [["source=x", "output=y"]],
     "benchmark": [[]],
+    "compare": [["runs=[x]"]],
 }
 # In no table: choices' own names, and what Lightning documents.
 UNDOCUMENTED = r"(optimizer|schedule)\.name|trainer\..*|logger\..*|.*\._target_|.*\.format"
@@ -170,6 +172,7 @@ def names_in(cells: list[str]) -> set[str]:
         ("export", "Export"),
         ("prepare", "Preparation"),
         ("benchmark", "Benchmark"),
+        ("compare", "Comparison"),
     ],
 )
 def test_tables_name_every_key_and_no_other(command, heading):

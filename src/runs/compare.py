@@ -41,12 +41,14 @@ class ComparedRun:
 
     def results(self) -> dict[str, Any]:
         """The columns that follow the settings. A run that has not ended has the numbers of its last row."""
-        record, last = self.record, self.metrics[-1] if self.metrics else {}
+        record = self.record
+        last = {key: int(value) for key, value in (self.metrics or [{}])[-1].items() if key in ("step", "tokens_seen")}
         losses, bits = ([loss for _, loss in self.curve("step", key)] for key in (LOSS, BITS))
         loss = record.get("val_loss", losses[-1] if losses else None)
         best = [*losses, *(record[key] for key in ("best_val_loss", "val_loss") if key in record)]
         checkpoints = [self.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
         return {
+            "status": self.status(),
             "best_val_loss": min(best, default=None),
             "val_loss": loss,
             "val_tokens": record.get("val_tokens"),
@@ -60,7 +62,6 @@ class ComparedRun:
             "tokens_per_second": record.get("tokens_per_second"),
             "device": record.get("device"),
             "git": record.get("git"),
-            "status": self.status(),
             "checkpoint": next((str(path) for path in checkpoints if path.is_file()), None),
         }
 
@@ -151,6 +152,8 @@ def figure_of(runs: list[ComparedRun]) -> Figure:
             found += [value for _, value in points]
         axes.set(xlabel=label, yscale="log")
         axes.xaxis.set_major_formatter(short)
+        if not any(run.curve(x, y) for run in runs):
+            axes.text(0.5, 0.5, f"no run has {x} and {y}", ha="center", transform=axes.transAxes)
     if found:
         label_log_axis(panels[0].yaxis, min(found), max(found))
     panels[0].set_ylabel("validation loss (nats per token)" if y == LOSS else "bits per byte of the validation split")

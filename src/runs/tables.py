@@ -19,7 +19,7 @@ def cell(key: str, value: Any) -> str:
     """``value``, which may come from anywhere, as a short text for the column ``key``."""
     if key in FORMATS and isinstance(value, int | float):
         return format(value, FORMATS[key])
-    return "" if value is None else shown(value)
+    return "" if value is None else value if isinstance(value, str) and value.isprintable() else shown(value)
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
