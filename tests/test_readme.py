@@ -21,6 +21,7 @@ from src.cli import app
 from src.cli import overrides as cli
 from src.cli.latest import with_latest_weights
 from src.cli.sweep import resumed_sweep
+from src.runs.record import signature
 
 ROOT = cli.CONF.parent
 NAMES = ("README.md", "conf/README.md", "src/README.md", "tests/README.md")
@@ -86,11 +87,14 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     if importlib.util.find_spec("lm_eval") is None:
         overrides = [override for override in overrides if not override.startswith("tasks=")]
     overrides = [
-        override if override.startswith("output=") else re.sub(r"=(outputs|my|path)\S*$", f"={file}", override)
+        override
+        if override.startswith("output=")
+        else re.sub(r"=(outputs|my(?!_sweep)|path)\S*$", f"={file}", override)
         for override in overrides
     ]
-    if importlib.util.find_spec("submitit") is None:
-        overrides = [override for override in overrides if not re.match(r"hydra[./]launcher", override)]
+    plugins = ("hydra_submitit_launcher", "hydra_joblib_launcher", "hydra_optuna_sweeper")
+    if any(not any(Path(folder, "hydra_plugins", name).exists() for folder in sys.path) for name in plugins):
+        overrides = [override for override in overrides if not re.match(r"hydra[./](launcher|sweeper)", override)]
     if "trainer.num_nodes=2" in overrides:  # as torchrun tells each of its processes
         for key, value in ("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "16"):
             monkeypatch.setenv(key, value)
@@ -98,6 +102,9 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     (tmp_path / "outputs" / "gpt2" / "run" / "checkpoints" / "last.ckpt").touch()
     record = {"status": "completed", "overrides": [], "config": {"data": {"path": None}}}
     (tmp_path / "outputs" / "gpt2" / "run" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "my_sweep").mkdir()
+    sweep = {"overrides": ["seed=1,2"], "signature": signature(["seed=1,2"])}
+    (tmp_path / "my_sweep" / "sweep.json").write_text(json.dumps(sweep))
     monkeypatch.chdir(tmp_path)
     overrides = REWRITES.get(name, list)(overrides)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

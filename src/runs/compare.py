@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.runs.record import KINDS, read_record
+from src.runs.record import read_record
 from src.runs.report import flat
 from src.runs.tables import cell
 
@@ -26,15 +26,14 @@ LINES = (("o", "-"), ("s", "--"), ("^", ":"))  # of the first six runs, the next
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run folder as it is now. ``settings`` are what the table compares, ``metrics`` the rows of ``metrics.csv``
-    without empty cells, ``tokenizer`` a hash."""
+    """A run folder as it is now; ``metrics`` are the rows of ``metrics.csv`` without empty cells."""
 
     name: str
     folder: Path
     settings: dict[str, Any]
     record: dict[str, Any]
     metrics: list[dict[str, float]]
-    tokenizer: str
+    tokenizer: str  # gpt2, or a hash
 
     def curve(self, x: str, y: str) -> list[tuple[float, float]]:
         return [(row[x], row[y]) for row in self.metrics if x in row and y in row]
@@ -79,11 +78,7 @@ class ComparedRun:
 
 def read_run(folder: Path, name: str, settings: dict[str, Any] | None = None) -> ComparedRun:
     """The run in ``folder``, without damaged values. ``settings`` are its whole config by default."""
-    record = {
-        key: value
-        for key, value in read_record(folder).items()
-        if KINDS.get(key) != int | float or _number(value) is not None
-    }
+    record = read_record(folder)
     if settings is None:
         left_out = ("resume", "dry_run", "name", "sweep.resume")
         settings = {key: value for key, value in flat(record.get("config", {})) if key not in left_out}
@@ -125,11 +120,11 @@ def rows_of(runs: list[ComparedRun]) -> list[dict[str, Any]]:
     keys, found = differences(runs), [run.results() for run in runs]
     left_out = {key for key in found[0] if all(row[key] is None for row in found)}
     left_out |= {key for key in IF_DIFFERENT if len({repr(row[key]) for row in found} - {"None"}) == 1}
-    shown = [{key: value for key, value in row.items() if key not in left_out} for row in found]
-    return [
+    rows = [
         {"run": run.name, **{key: run.settings.get(key) for key in keys}, **row}
-        for run, row in zip(runs, shown, strict=True)
+        for run, row in zip(runs, found, strict=True)
     ]
+    return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
 
 
 def figure_of(runs: list[ComparedRun]) -> Figure:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hmac
 import json
-import math
 import os
 import platform
 import secrets
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -181,7 +181,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_sound(value: Any, kind: Any) -> bool:
-    finite = not isinstance(value, float) or math.isfinite(value)
+    finite = not isinstance(value, int | float) or abs(value) <= sys.float_info.max  # not true of NaN
     return isinstance(value, kind) and not isinstance(value, bool) and finite
 
 
