@@ -50,17 +50,12 @@ class ComparedRun:
             "status": self.status(),
             "best_val_loss": min(best, default=None),
             "val_loss": loss,
-            "val_tokens": record.get("val_tokens"),
             "val_perplexity": None if loss is None else math.exp(min(loss, 700)),
             "best_bits_per_byte": min(bits, default=None),
             "bits_per_byte": bits[-1] if bits else None,
-            "parameters": record.get("parameters"),
             "steps": record.get("optimizer_steps", last.get("step")),
             "tokens": record.get("tokens_seen", last.get("tokens_seen")),
-            "seconds": record.get("seconds"),
-            "tokens_per_second": record.get("tokens_per_second"),
-            "device": record.get("device"),
-            "git": record.get("git"),
+            **{key: record.get(key) for key in ("seconds", "tokens_per_second", *IF_DIFFERENT)},
             "checkpoint": next((str(path) for path in checkpoints if path.is_file()), None),
         }
 
