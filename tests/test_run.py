@@ -182,7 +182,7 @@ def test_a_run_that_trained_nothing_leaves_nothing_of_its_own(tiny_run, at_batch
     at_batch(1, fail)
     with pytest.raises(ValueError, match="out of memory"):
         tiny_run("callbacks=none", folder=folder)
-    assert json.loads((folder / "run.json").read_text())["status"] == "failed"  # after its first step
+    assert json.loads((folder / "run.json").read_text())["status"] == "oom"  # after its first step
 
 
 def test_sweep_table_copes_with_any_record(tmp_path, capsys):
