@@ -60,7 +60,8 @@ class SweepTable(Callback):
         for job in (job for job, _, status, _ in rows if status == "checked"):  # a dry run leaves nothing
             shutil.rmtree(job)
         if any(folder.glob("*/")):
-            if self.record == "run.json" and (runs := write_sweep(folder)):
+            runs = write_sweep(folder) if self.record == "run.json" else []
+            if any(run.metrics for run in runs):
                 (folder / "plots").mkdir(exist_ok=True)
                 figure_of(runs).savefig(folder / "plots" / "sweep.png")
             print(f"sweep folder: {folder}")
