@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from src.cli import app, ranks
 from src.cli.overrides import compose, unknown_trainer_arguments
 from src.cli.quoting import command_line, resume_override
-from src.cli.resume import COMMAND, resumed_overrides
+from src.cli.resume import COMMAND
+from src.cli.sweep import resumed_sweep
 from src.cli.typed import built, typed
 from src.interop.locate import locate
 from src.runs import launch, processes
@@ -126,4 +127,4 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 if __name__ == "__main__":
     job = ranks.job(lambda cfg, folder: train(cfg, folder).record.get("val_loss"))  # the objective of a sweep
-    app.launch("train", job, check, resumed_overrides, ranks.agree_on_arguments)
+    app.launch("train", job, check, resumed_sweep, ranks.agree_on_arguments)

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import pytest
 from hydra.utils import instantiate
 
-from src import benchmark, evaluate, export, generate, prepare
+from src import benchmark, compare, evaluate, export, generate, prepare
 from src.cli import overrides as cli
 from src.config import nearest
 from src.train import check
@@ -21,7 +21,14 @@ from src.training.sharded import FullyShardedStrategy
 FILES = sorted(str(file.relative_to(cli.CONF).with_suffix("")) for file in cli.CONF.rglob("*.yaml"))
 
 
-OTHERS = {"generate": generate, "evaluate": evaluate, "export": export, "prepare": prepare, "benchmark": benchmark}
+OTHERS = {
+    "generate": generate,
+    "evaluate": evaluate,
+    "export": export,
+    "prepare": prepare,
+    "benchmark": benchmark,
+    "compare": compare,
+}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -31,7 +38,8 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
     command = "generate" if group == "generation" else file
     if command in OTHERS:
         (tmp_path / "a.txt").write_text("text")
-        needs = {"prepare": f"source={tmp_path}", "benchmark": "rounds=2"}
+        (tmp_path / "run.json").write_text("{}")
+        needs = {"prepare": f"source={tmp_path}", "benchmark": "rounds=2", "compare": f"runs=[{tmp_path}]"}
         overrides.append(needs.get(command, f"weights={small_weights}"))
         overrides += [f"output={tmp_path / 'out'}"] if command in ("export", "prepare") else []
         overrides += ["data=story"] if command == "evaluate" else []
@@ -242,7 +250,7 @@ def test_command_line_answers_before_anything_heavy_or_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export", "compare"])
 def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_path):
     """Its purpose, its groups and choices, each key with the comment of conf; neither Hydra's groups nor PyTorch."""
     code = (
@@ -262,6 +270,7 @@ def test_help_tells_of_the_command_alone_and_loads_nothing_for_it(command, tmp_p
         "generate": {"generation"},
         "evaluate": {"data"},
         "export": set(),
+        "compare": set(),
     }
     assert groups == own.get(command, own["train"])
     keys = {line.split(":")[0].strip() for line in text if line.startswith("  ") and ":" in line}

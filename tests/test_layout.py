@@ -25,7 +25,7 @@ LEVELS = [
     {"callbacks"},
     {"runs", "bench"},
     {"cli"},
-    {"train", "generate", "evaluate", "export", "prepare", "benchmark"},
+    {"train", "generate", "evaluate", "export", "prepare", "benchmark", "compare"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 DOORS = LEVELS[-1]

@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from src.cli import app
 from src.cli import overrides as cli
 from src.cli.latest import with_latest_weights
-from src.cli.resume import resumed_overrides
+from src.cli.sweep import resumed_sweep
+from src.runs.record import signature
 
 ROOT = cli.CONF.parent
 NAMES = ("README.md", "conf/README.md", "src/README.md", "tests/README.md")
@@ -46,10 +47,11 @@ EXTENDED = [command for example in EXAMPLES for command in commands_in(example)]
 COMMANDS = [line for text in READMES.values() for line in commands_in(text) if line not in EXTENDED]
 COMMANDS = list(dict.fromkeys(COMMANDS))
 REWRITES = {  # what becomes of a command's overrides before they are composed
-    "train": resumed_overrides,
+    "train": resumed_sweep,
     "generate": with_latest_weights,
     "evaluate": lambda overrides: door("evaluate").with_data_of_run(overrides),
     "export": with_latest_weights,
+    "compare": lambda overrides: door("compare").with_runs(overrides),
 }
 OWN = [re.search(r"-m src\.(\w+)(.*)", command).groups() for command in COMMANDS if "-m src." in command]
 
@@ -85,11 +87,14 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     if importlib.util.find_spec("lm_eval") is None:
         overrides = [override for override in overrides if not override.startswith("tasks=")]
     overrides = [
-        override if override.startswith("output=") else re.sub(r"=(outputs|my|path)\S*$", f"={file}", override)
+        override
+        if override.startswith("output=")
+        else re.sub(r"=(outputs|my(?!_sweep)|path)\S*$", f"={file}", override)
         for override in overrides
     ]
-    if importlib.util.find_spec("submitit") is None:
-        overrides = [override for override in overrides if not re.match(r"hydra[./]launcher", override)]
+    plugins = ("hydra_submitit_launcher", "hydra_joblib_launcher", "hydra_optuna_sweeper")
+    if any(not any(Path(folder, "hydra_plugins", name).exists() for folder in sys.path) for name in plugins):
+        overrides = [override for override in overrides if not re.match(r"hydra[./](launcher|sweeper)", override)]
     if "trainer.num_nodes=2" in overrides:  # as torchrun tells each of its processes
         for key, value in ("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "16"):
             monkeypatch.setenv(key, value)
@@ -97,6 +102,9 @@ def test_commands_compose(name, arguments, tmp_path, monkeypatch):
     (tmp_path / "outputs" / "gpt2" / "run" / "checkpoints" / "last.ckpt").touch()
     record = {"status": "completed", "overrides": [], "config": {"data": {"path": None}}}
     (tmp_path / "outputs" / "gpt2" / "run" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "my_sweep").mkdir()
+    sweep = {"overrides": ["seed=1,2"], "signature": signature(["seed=1,2"])}
+    (tmp_path / "my_sweep" / "sweep.json").write_text(json.dumps(sweep))
     monkeypatch.chdir(tmp_path)
     overrides = REWRITES.get(name, list)(overrides)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -133,6 +141,7 @@ VARIANTS = {
     "export": [["weights=x", "output=y"]],
     "prepare": [["source=x", "output=y"]],
     "benchmark": [[]],
+    "compare": [["runs=[x]"]],
 }
 # In no table: choices' own names, and what Lightning documents.
 UNDOCUMENTED = r"(optimizer|schedule)\.name|trainer\..*|logger\..*|.*\._target_|.*\.format"
@@ -170,6 +179,7 @@ def names_in(cells: list[str]) -> set[str]:
         ("export", "Export"),
         ("prepare", "Preparation"),
         ("benchmark", "Benchmark"),
+        ("compare", "Comparison"),
     ],
 )
 def test_tables_name_every_key_and_no_other(command, heading):

@@ -60,7 +60,7 @@ def test_out_of_memory(tiny_run, at_batch, tmp_path, error, batch, accumulate, c
         tiny_run("callbacks=none", f"data.batch_size={batch}", f"trainer.accumulate_grad_batches={accumulate}",
                  "checkpoint.every_steps=1", folder=tmp_path / "run")  # fmt: skip
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 7 // accumulate
-    assert read_record(tmp_path / "run")["status"] == "failed"
+    assert read_record(tmp_path / "run")["status"] == "oom"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures itself in Linux's /proc")

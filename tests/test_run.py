@@ -76,8 +76,8 @@ def test_record(finished):
     record = json.loads((run / "run.json").read_text())
     assert list(record) == [
         "status", "command", "overrides", "signature", "config", "versions", "git", "data_sha256", "parameters",
-        "device", "precision", "optimizer_steps", "tokens_seen", "tokens_per_second", "train_loss", "val_loss",
-        "val_perplexity", "seconds",
+        "device", "precision", "best_val_loss", "optimizer_steps", "tokens_seen", "tokens_per_second", "train_loss",
+        "val_loss", "val_perplexity", "val_tokens", "seconds",
     ]  # fmt: skip
     assert record["status"] == "completed"
     assert record["command"] == "python -m src.train eval.every_steps=1 name=first model=gpt2_tiny trainer.max_steps=2"
@@ -182,7 +182,7 @@ def test_a_run_that_trained_nothing_leaves_nothing_of_its_own(tiny_run, at_batch
     at_batch(1, fail)
     with pytest.raises(ValueError, match="out of memory"):
         tiny_run("callbacks=none", folder=folder)
-    assert json.loads((folder / "run.json").read_text())["status"] == "failed"  # after its first step
+    assert json.loads((folder / "run.json").read_text())["status"] == "oom"  # after its first step
 
 
 def test_sweep_table_copes_with_any_record(tmp_path, capsys):

@@ -30,7 +30,7 @@ TAGS = {
     "train/loss": "training/loss",
     "grad_norm": "training/grad_norm",
 }
-NO_CHARTS = ("step", "epoch", "tokens_seen")  # they are straight lines
+NO_CHARTS = ("step", "epoch", "tokens_seen", "perf/seconds")  # they are straight lines
 VS_TOKENS = {tag: f"vs_tokens/{tag.replace('/', '_')}" for tag in ("loss/train", "loss/val", "training/loss")}
 LAYOUT = {
     "training and validation": {

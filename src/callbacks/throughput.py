@@ -12,8 +12,9 @@ from src.model.flops import flops_per_token, peak_flops
 
 
 class Throughput(Callback):
-    """Logs ``perf/tokens_per_second``, the tokens of all ranks per second of training since the last log, and
-    ``perf/mfu``, the model FLOPs utilization (Chowdhery et al. 2022, appendix B).
+    """Logs ``perf/tokens_per_second``, the tokens of all ranks per second of training since the last log, ``perf/mfu``,
+    the model FLOPs utilization (Chowdhery et al. 2022, appendix B), and ``perf/seconds``, the seconds of training since
+    the run's first step, over all processes of a resumed run.
 
     The peak of a GPU is the published one in bfloat16; that of a CPU is the rate of a matrix product, measured once.
     No ``perf/mfu`` is logged for other devices or precisions. The clock stops for evaluations, text samples and the
@@ -22,6 +23,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._seconds_before = 0.0  # of the processes that this run resumes
         self.tokens = 0
         self._running_since: float | None = None
         self._logged = (0.0, 0)  # seconds and tokens at the last log
@@ -33,6 +35,12 @@ class Throughput(Callback):
     def tokens_per_second(self) -> float | None:
         """The mean over the run so far; None before its first logged step."""
         return self.tokens / self.seconds if self.seconds and self.tokens else None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self._seconds_before + self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._seconds_before = state_dict["seconds"]
 
     def _stop(self, trainer: Trainer) -> None:
         if self._running_since is not None:
@@ -52,16 +60,21 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop(trainer)
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("perf/seconds", self._seconds_before + self.seconds)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._stop(trainer)
         self.tokens = pl_module.tokens_seen - self._tokens_before
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = trainer.log_every_n_steps
-        if not completes_step(trainer, batch_idx) or not every or trainer.global_step % every:
+        if not completes_step(trainer, batch_idx):
             return
         self._stop(trainer)
         self._running_since = _clock(trainer)
+        every = trainer.log_every_n_steps
+        if not every or trainer.global_step % every:
+            return
         self.tokens = pl_module.tokens_seen - self._tokens_before
         seconds, tokens = self._logged
         if self.seconds > seconds:
@@ -69,6 +82,7 @@ class Throughput(Callback):
             pl_module.log("perf/tokens_per_second", rate)
             if self._peak:
                 pl_module.log("perf/mfu", rate * self._flops_per_token / self._peak)
+        pl_module.log("perf/seconds", self._seconds_before + self.seconds)
         self._logged = (self.seconds, self.tokens)
 
 

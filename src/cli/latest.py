@@ -10,7 +10,7 @@ from src.cli.quoting import command_line, key_of, quoted
 from src.interop.locate import run_folder
 from src.runs.record import read_record, recorded_runs
 
-STATUSES = ("running", "interrupted", "failed", "completed")
+STATUSES = ("running", "interrupted", "failed", "oom", "completed")
 
 
 def latest_run(key: str, overrides: Iterable[str] = ()) -> Path:

@@ -39,7 +39,7 @@ def find_problems(config_name: str, argv: list[str], check: Check) -> list[str]:
     if any(argument.startswith("-") for argument in overrides):
         return []  # --cfg, --info and so on are Hydra's own
     parsed, found = _parse(config_name, overrides, sweeping)
-    resuming = any(override.key_or_group == "resume" and override.value() for override in parsed)
+    resuming = any(override.key_or_group in ("resume", "sweep.resume") and override.value() for override in parsed)
     for override in parsed:
         found += _wrong_choice(override)
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not resuming:

@@ -42,6 +42,6 @@ def command_line(overrides: list[str]) -> str:
     return shlex.join(["python", "-m", "src.train", *overrides])
 
 
-def resume_override(folder: Path) -> str:
+def resume_override(folder: Path, key: str = "resume") -> str:
     """The override that resumes the run in ``folder``, quoted for a shell."""
-    return shlex.quote(f"resume={as_typed(folder)}")
+    return shlex.quote(f"{key}={as_typed(folder)}")

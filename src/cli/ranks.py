@@ -4,15 +4,18 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from src.checkpoint.interruption import Interrupted
 from src.cli import app
 from src.cli.overrides import compose
-from src.cli.quoting import quoted, resume_override
+from src.cli.quoting import key_of, quoted, resume_override
+from src.cli.sweep import KEY, write_sweep
 from src.files import read_json, remove_folder, write_json
 from src.runs import launch, processes
 from src.runs.record import read_record
@@ -26,12 +29,18 @@ def sweeping() -> bool:
 
 def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig], float | None]:
     """A Hydra job that calls ``run`` with its config and run folder, in as many processes as the config asks for, and
-    returns the objective; the folder of a job that left no ``run.json`` is removed."""
+    returns the objective; the folder of a job that left no ``run.json`` is removed. Each job of a sweep has processes
+    of its own, and those that are completed are not repeated in a sweep that is continued."""
 
     def hydra_job(cfg: DictConfig) -> float | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
+        starts = sweeping() and not processes.started_here() and processes.world_size() == 1
         try:
-            if processes.world_size() == 1 and (count := launch.devices_here(OmegaConf.to_container(cfg.trainer))) > 1:
+            if starts and cfg.sweep.resume and read_record(folder).get("status") == "completed":
+                print(f"{folder} is completed")
+                return read_record(folder).get("val_loss")
+            count = 0 if processes.world_size() > 1 else launch.devices_here(OmegaConf.to_container(cfg.trainer))
+            if starts or count > 1:
                 start_ranks(count, folder)
                 return read_record(folder).get("val_loss")
             if processes.rank():
@@ -40,9 +49,15 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
         except BaseException as error:
             told = processes.reported_elsewhere(error) or getattr(error, "told", False)
             error.told = told  # pyright: ignore[reportAttributeAccessIssue]  # any exception, for src.cli.app
+            if starts and isinstance(error, Interrupted):
+                again = resume_override(Path(HydraConfig.get().sweep.dir), KEY)
+                print(f"to continue the sweep: python -m src.train -m {again}", file=sys.stderr)
             raise
         finally:
             processes.ignore_signals()
+            if starts:
+                with suppress(OSError):
+                    write_sweep(Path(HydraConfig.get().sweep.dir))
             if processes.rank() == 0 and not (sweeping() or (folder / "run.json").exists()):
                 app.close_log_files(folder)
                 remove_folder(folder, ".hydra", f"{HydraConfig.get().job.name}.log")
@@ -52,7 +67,14 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
 
 def start_ranks(count: int, folder: Path) -> None:
     """Run the current Hydra job with ``count`` ranks in ``folder``; raises as :func:`src.runs.launch.start`."""
-    overrides = [*HydraConfig.get().overrides.task, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    task, subfolder = list(HydraConfig.get().overrides.task), "null"
+    overrides = [override for override in task if key_of(override) != KEY]
+    if overrides != task:  # a sweep is continued, and Hydra has written nothing yet
+        begun = (folder / "run.json").exists()
+        attempts = len(read_record(folder).get("resumed_at", [])) + 1
+        subfolder = f".hydra/resumed_{attempts}" if begun else ".hydra"
+        overrides += [f"resume={quoted(folder)}"] * begun
+    overrides += [f"hydra.run.dir={quoted(folder)}", f"hydra.output_subdir={subfolder}"]
     role = processes.SWEEP if sweeping() else processes.RUN
     try:
         launch.start(["-m", "src.train", *overrides], count, role, resume_override(folder))
@@ -67,8 +89,8 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
     """The arguments of all ranks. Where torchrun or srun started them, rank 0 makes them and chooses the run folder."""
     if processes.started_here():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise stack traces for each lost connection
-        threads = max((os.cpu_count() or 1) // processes.world_size(), 1)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        if processes.world_size() > 1:  # else as many as PyTorch or the launcher of a sweep chooses
+            os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes.world_size(), 1)))
         threading.Thread(target=processes.stop_with_launcher, daemon=True).start()
         return sys.argv[1:]
     arguments = processes.from_rank_zero(make if processes.world_size() == 1 else lambda: _with_folder(make))

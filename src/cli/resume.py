@@ -29,7 +29,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     Raises:
         ValueError: there is no such run, or its overrides name code to execute and another user wrote them.
     """
-    flags, typed, given = _taken_apart(overrides, "resume")
+    flags, typed, given = taken_apart(overrides, "resume")
     sweeping = {"-m", "--multirun"} & set(flags)
     os.environ[COMMAND] = "" if sweeping else command_line(without_hydra(typed))
     new = typed
@@ -56,7 +56,7 @@ def _run(key: str, asked: str, new: list[str]) -> tuple[Path, dict[str, Any]]:
     folder = latest_run(key, new) if asked == "latest" else Path(asked)
     if not (folder / "run.json").is_file():
         raise ValueError(f"{key}={asked} is not a run folder (seen from {Path.cwd()}); use {key}=latest")
-    if _overrides_in(record := read_record(folder)) is None:
+    if overrides_in(record := read_record(folder)) is None:
         cure = f"ckpt_path={folder}/checkpoints/last.ckpt" if key == "resume" else f"{key}=<another run folder>"
         raise ValueError(f"{key}={folder} has a damaged run.json; use {cure}")
     return folder, record
@@ -64,7 +64,7 @@ def _run(key: str, asked: str, new: list[str]) -> tuple[Path, dict[str, Any]]:
 
 def _reproduced(overrides: list[str]) -> list[str]:
     """``overrides``, after those of the run that ``reproduce`` names; none if it names none."""
-    flags, new, given = _taken_apart(overrides, "reproduce")
+    flags, new, given = taken_apart(overrides, "reproduce")
     if not given or given[-1] in ("", "null"):
         return []
     folder, record = _run("reproduce", given[-1], new)
@@ -74,7 +74,7 @@ def _reproduced(overrides: list[str]) -> list[str]:
 
 def _from_checkpoint(overrides: list[str]) -> list[str]:
     """``overrides``, after those of the run whose checkpoint ``ckpt_path`` names, if it names one."""
-    flags, new, given = _taken_apart(overrides, "ckpt_path")
+    flags, new, given = taken_apart(overrides, "ckpt_path")
     if not given or not (given[-1] == "latest" or os.path.exists(given[-1])):
         return overrides
     asked = f"ckpt_path={given[-1]}"
@@ -87,14 +87,14 @@ def _from_checkpoint(overrides: list[str]) -> list[str]:
         path = found[-1]
     run = run_folder(str(path))
     record = read_record(run) if run else {}
-    if run and _overrides_in(record) is None:
+    if run and overrides_in(record) is None:
         log.warning("%s: the run.json of its run is damaged, the overrides of that run are not used", asked)
         run = None
     saved = _saved_overrides(record, asked, new, new, drop=("weights", "ckpt_path", "reproduce")) if run else []
     return [*flags, *saved, *new, f"ckpt_path={quoted(path)}"]
 
 
-def _overrides_in(record: dict[str, Any]) -> list[str] | None:
+def overrides_in(record: dict[str, Any]) -> list[str] | None:
     saved = record.get("overrides")
     return saved if isinstance(saved, list) and all(isinstance(override, str) for override in saved) else None
 
@@ -104,7 +104,7 @@ def _saved_overrides(
 ) -> list[str]:
     """The overrides in the ``record`` of a run that ``new`` ones do not replace, if they can be trusted: this user
     signed them, or has typed them again."""
-    saved = _overrides_in(record) or []
+    saved = overrides_in(record) or []
     own = record.get("signature") == signature(saved) is not None
     named = {key_of(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen again comes with its own values
@@ -152,7 +152,7 @@ def _targets(cfg: DictConfig | ListConfig) -> list[str]:
     return found
 
 
-def _taken_apart(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
+def taken_apart(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
     """Hydra's own flags, the overrides except those of ``key``, and the values that ``key`` was given."""
     flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
     rest = [override for override in overrides if override not in flags and key_of(override) != key]

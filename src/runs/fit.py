@@ -73,6 +73,7 @@ def fit(
     if start.path is None and evaluating:
         trainer.validate(module, datamodule=data, verbose=False)
         before = module.evaluated["val/loss"]
+        record.update(best_val_loss=before)
         if start.weights is None:
             judge_initial_loss(before, module.net.config.vocab_size)
     try:
@@ -83,6 +84,7 @@ def fit(
         speed = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
         with suppress(OSError):
             record.update(
+                best_val_loss=_best_loss(record, trainer, module),
                 optimizer_steps=trainer.global_step,
                 tokens_seen=module.tokens_seen,
                 tokens_per_second=speed and speed.tokens_per_second,
@@ -94,11 +96,21 @@ def fit(
         )
     if evaluating and module.evaluated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
-    judge_best_loss(trainer, before, module.evaluated.get("val/loss", -math.inf))
+    best = _best_loss(record, trainer, module)
+    judge_best_loss(before, best)
     losses = {"train_loss": module.evaluated.get("train/eval_loss"), "val_loss": module.evaluated.get("val/loss")}
     for key, loss in losses.items():
         if loss is not None and not math.isfinite(loss):
             rate = start.config.optimizer.learning_rate
             raise ValueError(f"the run diverged, its {key} is {loss}; use optimizer.learning_rate=<less than {rate}>")
     val_loss = losses["val_loss"]
-    record.update(**losses, val_perplexity=None if val_loss is None else math.exp(min(val_loss, 700)))
+    perplexity = None if val_loss is None else math.exp(min(val_loss, 700))
+    tokens = module.evaluated_tokens.get("val")
+    record.update(best_val_loss=best, **losses, val_perplexity=perplexity, val_tokens=tokens)
+
+
+def _best_loss(record: RunRecord, trainer: Trainer, module: PretrainingModule) -> float | None:
+    """The lowest ``val/loss`` of the run's evaluations: of this process and of those it resumes."""
+    known = [getattr(callback, "best", math.inf) for callback in trainer.checkpoint_callbacks]
+    best = min(record.values.get("best_val_loss") or math.inf, module.best_val_loss, *known)
+    return best if math.isfinite(best) else None

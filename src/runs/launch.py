@@ -132,5 +132,6 @@ def start(arguments: list[str], count: int, role: str, resume: str) -> None:
     if code < 0:
         name = signal.Signals(signum).name
         why = ", often because memory ran out" if name == "SIGKILL" else ""
-        print(f"error: rank {rank} of {count} was killed by {name}{why}; use {resume}", file=sys.stderr)
-    raise FailedElsewhere(f"rank {rank} ended with exit code {code}")
+        who = f"rank {rank} of {count}" if count > 1 else "the process"
+        print(f"error: {who} was killed by {name}{why}; use {resume}", file=sys.stderr)
+    raise FailedElsewhere(f"rank {rank} " + (f"was killed by {name}" if code < 0 else f"ended with exit code {code}"))

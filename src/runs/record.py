@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hmac
 import json
-import math
 import os
 import platform
 import secrets
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +34,7 @@ KINDS = {  # of values that are read again
         ("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss", "val_perplexity"), int | float
     ),
     **dict.fromkeys(("config", "versions"), dict),
+    **dict.fromkeys(("best_val_loss", "val_tokens", "parameters", "tokens_per_second"), int | float),
 }
 OUTPUTS = ("run.json", "tokenizer.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
 OUTPUTS += ("code.diff", "wandb", "wandb_run_id", "mlflow_run_id")
@@ -82,6 +83,7 @@ class RunRecord:
             "config": config.model_dump(mode="json"),
             "versions": versions(),
             "git": git_revision(),
+            **{key: value for key, value in before.items() if key == "best_val_loss"},
         }
         if "SLURM_JOB_ID" in os.environ:
             self.values["slurm_job"] = os.environ["SLURM_JOB_ID"]
@@ -175,7 +177,9 @@ def _outcome(error: BaseException | None) -> dict[str, str]:
         return {}
     if isinstance(error, Interrupted):
         return {"status": "interrupted", "error": error.signal.name}
-    return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    from src.device import is_out_of_memory
+
+    return {"status": "oom" if is_out_of_memory(error) else "failed", "error": f"{type(error).__name__}: {error}"}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def recorded_runs() -> list[Path]:
 
 
 def _is_sound(value: Any, kind: Any) -> bool:
-    finite = not isinstance(value, float) or math.isfinite(value)
+    finite = not isinstance(value, int | float) or abs(value) <= sys.float_info.max  # not true of NaN
     return isinstance(value, kind) and not isinstance(value, bool) and finite
 
 

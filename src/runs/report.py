@@ -68,10 +68,9 @@ def judge_initial_loss(loss: float, vocab_size: int) -> None:
         log.info("initial val loss %.3f; a uniform guess has ln(vocab_size) = %.3f", loss, guess)
 
 
-def judge_best_loss(trainer: Trainer, before: float, after: float) -> None:
+def judge_best_loss(before: float, best: float | None) -> None:
     """Warn where no evaluation was better than ``before``, the loss of step 0, which no checkpoint holds."""
-    best = [getattr(callback, "best", math.inf) for callback in trainer.checkpoint_callbacks]
-    if min([after, *best]) > before:
+    if best == before:
         log.warning(
             "no evaluation was better than that of step 0, val loss %.3f; use a lower optimizer.learning_rate", before
         )
@@ -82,7 +81,7 @@ def hyperparameters(
 ) -> dict[str, Any]:
     """What a person compares between runs, by the names of the overrides: size, data, batch, learning rate, schedule
     and seed, and each other hyperparameter that was set or differs from the default."""
-    values, defaults = dict(_flat(config.model_dump())), dict(_flat(default.model_dump()))
+    values, defaults = dict(flat(config.model_dump())), dict(flat(default.model_dump()))
     if values["data.context_length"] == values["model.context_length"]:  # nothing to compare
         del values["data.context_length"]
     asked = {override.split("=")[0].lstrip("+") for override in record["overrides"]}
@@ -99,20 +98,20 @@ def hyperparameters(
     }
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         elif prefix.split(".")[0] not in ("callbacks", "logger"):
             yield f"{prefix}{key}", value
 
 
 def changes(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """The values of ``config`` that were others in the record ``before``: overrides, or an edited YAML."""
-    old = dict(_flat(before.get("config", {})))
+    old = dict(flat(before.get("config", {})))
     return [
         f"{key}={value}, was {old[key]}"
-        for key, value in _flat(config)
+        for key, value in flat(config)
         if key not in ("resume", "reproduce", "dry_run") and old.get(key, value) != value
     ]
 

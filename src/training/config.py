@@ -73,6 +73,7 @@ class TrainConfig(Config):
     reproduce: str | None = None
     ckpt_path: str | None = None
     weights: str | None = None
+    sweep: dict[str, str | None] = Field(default_factory=dict)
     skip_batches: tuple[int, ...] = ()
     tokens_per_step: int | None = Field(default=None, ge=1, examples=[524288])
     tokens_per_parameter: float | None = Field(default=None, gt=0, examples=[20])

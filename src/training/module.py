@@ -1,5 +1,6 @@
 """The LightningModule: the loss of a batch, the optimizer and its schedule, and the evaluation of both splits."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class PretrainingModule(LightningModule):
         self.step_losses: list[Tensor] = []  # of the micro-batches of the optimizer step under way
         self.evaluated_step: int | None = None
         self.evaluated: dict[str, float] = {}  # the losses of that step
+        self.best_val_loss = math.inf  # of the evaluations of this process
         self.evaluated_tokens: dict[str, int] = {}  # of each split: what these losses are the mean over
         self._eval_sums: dict[str, Tensor] = {}  # split -> sum of losses, number of tokens
 
@@ -135,6 +137,7 @@ class PretrainingModule(LightningModule):
         self.log_exactly(step=self.global_step, tokens_seen=self.tokens_seen)
         self.evaluated_step = self.global_step
         self.evaluated = {key: loss.item() for key, loss in losses.items()}
+        self.best_val_loss = min(self.best_val_loss, self.evaluated.get("val/loss", math.inf))
 
     # Optimizer, schedule, devices
 
