@@ -37,6 +37,17 @@ def test_weights_of_a_small_model_without_a_network(monkeypatch):
     assert "emb_dim=64" in run("02_gpt2_weights.ipynb")
 
 
+@pytest.mark.slow
+def test_scaling_without_a_ladder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWEEP", "")
+    assert re.search(r"predicted [\d.]+ \([\d.]+ to [\d.]+\), measured [\d.]+: [+-]", run("03_scaling.ipynb"))
+
+
+@pytest.mark.slow
+def test_schedules_and_optimizers():
+    assert run("04_schedules_and_optimizers.ipynb").count("lowest") == 4
+
+
 @pytest.mark.parametrize("form", ["weights", "huggingface", "openai", "book"])
 def test_gpt2_weights(tmp_path, monkeypatch, form):
     net = GPT(GPTConfig(context_length=64, emb_dim=64, n_heads=1, n_layers=2, qkv_bias=True, tie_weights=True))
