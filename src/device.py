@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from src.memory import free_memory
+
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+
 
 def pick_accelerator(accelerator: str, key: str = "trainer.accelerator") -> str:
     """``accelerator``, with ``auto`` and ``gpu`` resolved to ``cuda``, ``mps`` or ``cpu`` as Lightning would.
@@ -35,12 +39,28 @@ def pick_precision(accelerator: str) -> str:
     return "bf16-mixed" if native else "32-true"
 
 
+def in_precision(precision: str, device: str) -> tuple[torch.dtype, torch.autocast]:
+    """The type of the weights in ``precision``, one of Lightning's names, and the context in which a model computes."""
+    bits, _, kind = precision.partition("-")
+    mixed = kind == "mixed"
+    context = torch.autocast(device, DTYPES[bits] if mixed else torch.bfloat16, enabled=mixed)
+    return torch.float32 if mixed else DTYPES[bits], context
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         return f"{_cpu_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
     return str(device)
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes of memory that ``device`` has free; None where that is not known."""
+    if device.type == "cuda":  # what PyTorch has cached is free to it
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return free_memory() if device.type == "cpu" else None
 
 
 def _cpu_capabilities() -> dict:

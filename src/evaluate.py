@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from src.cli import app
 from src.cli.text_of_run import with_data_of_run
 from src.cli.typed import typed
-from src.evaluation.config import EvaluationConfig, problems_of_tasks
+from src.evaluation.config import PRECISIONS, EvaluationConfig, problems_of_tasks
 from src.files import write_json
 from src.interop.locate import locate
 from src.runs.record import git_revision, versions
@@ -55,9 +55,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     config = check(cfg)
     from src.data.progress import progress
-    from src.device import pick_accelerator
+    from src.device import in_precision, pick_accelerator
     from src.evaluation.losses import text_loss, unigram_loss
-    from src.evaluation.precision import choose_precision, in_precision
     from src.evaluation.report import write_report
     from src.evaluation.windows import choose_windows, windows_of_run
     from src.generation.text import check_vocabulary
@@ -74,7 +73,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         tasks = load_tasks(config.tasks, config.tasks_path)
     model, weights, tokenizer, run = read_model(config.weights)
     tokens, train, sha256 = _read_text(config.data, config.split, tokenizer)
-    precision = choose_precision(config.precision, run)
+    precision = config.precision or (run["precision"] if run.get("precision") in PRECISIONS else "32-true")
     device = pick_accelerator(config.device, "device")
     dtype, autocast = in_precision(precision, device)
     net = build(model, weights).to(device, dtype).eval()

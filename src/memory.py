@@ -2,9 +2,12 @@
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")  # of a container or a SLURM job
+CGROUP = Path("/sys/fs/cgroup")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def peak_memory() -> int:
@@ -14,8 +17,10 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     if peak := _of_process("VmHWM"):  # getrusage also counts the process that started this one
         return peak
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -26,14 +31,24 @@ def used_memory() -> int:
 
 
 def free_memory() -> int | None:
-    """What this machine, or the container, can still give to processes; None where that is not known."""
+    """What this machine, and the control groups of this process (of a container or a SLURM job), can still give; None
+    where that is not known."""
     found = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-    limit = CGROUP / "memory.max"
-    if not found or not limit.exists() or not (text := limit.read_text().strip()).isdecimal():
-        return found
-    inactive = re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())  # the page cache gives way
-    used = int((CGROUP / "memory.current").read_text()) - (int(inactive[1]) if inactive else 0)
-    return min(found, int(text) - used)
+    return None if found is None else min([found, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    mine = Path("/proc/self/cgroup")
+    for line in mine.read_text().splitlines() if mine.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):  # version 2, version 1
+            continue
+        root, names = (CGROUP, ("memory.max", "memory.current")) if not kinds else (CGROUP / "memory", VERSION_1)
+        for folder in {root, root / path.strip("/")}:
+            with suppress(OSError, ValueError):  # "max", or a group that this container does not see
+                limit, used = (int((folder / name).read_text()) for name in names)
+                cache = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+                yield limit - used + (int(cache[1]) if cache else 0)  # the page cache gives way
 
 
 def _of_process(field: str) -> int:

@@ -81,6 +81,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
     from lightning.pytorch import seed_everything
 
     from src.checkpoint.interruption import Interruption
+    from src.model.architectures import count_parameters
     from src.runs import report, reproduce
     from src.runs.fit import build_data, fit
     from src.runs.plan import make_plan
@@ -96,7 +97,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         RunRecord(folder, config, command, overrides, writes=first, in_sweep=ranks.sweeping()) as record,
     ):
         start = find_start(config, folder)
-        watching, record.loggers = built(config.callbacks), built(config.logger, save_dir=str(folder)) if first else []
+        watching = built(config.callbacks)
+        record.loggers = built(config.logger, save_dir=str(folder)) if first and not config.dry_run else []
         trainer = build_trainer(start.config, folder, interruption, watching, record.loggers, processes.world_size())
         seed_everything(config.seed, verbose=False)
         data, batches, steps = build_data(start, trainer)
@@ -104,14 +106,15 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         device = trainer.strategy.root_device.type
         start = start.with_vocabulary(data, device)
         config, schedule_steps = start.config, start.schedule_steps(steps)
-        plan = make_plan(config, trainer, data, steps, folder)
+        parameters = count_parameters(config.model)
+        plan = make_plan(config, trainer, data, steps, start.step, parameters)
         if config.resume and not config.dry_run:
             report.print_changes(read_record(folder), config.model_dump(mode="json"))
             start.take_over(folder)
             continue_logs(trainer, start.step if start.path else -1)
             record.start(start.step)
-        record.describe(config, trainer, data, plan.parameters)
-        report.print_start_card(config, record.values, trainer, data, steps, plan.lines)
+        record.describe(config, trainer, data, parameters)
+        report.print_start_card(config, record.values, trainer, data, steps, plan)
         reproduce.print_differences(config, record)
         processes.wait_for_all()
         module = None

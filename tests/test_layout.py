@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 # A file imports from its own room and from those of lower levels only. "__init__" is src/__init__.py.
 LEVELS = [
-    {"__init__", "files", "tokenizer", "device", "memory", "config"},
+    {"memory"},
+    {"__init__", "files", "tokenizer", "device", "config"},
     {"model"},
     {"kernels"},
     {"data", "generation"},
@@ -151,6 +152,7 @@ LONG = {
     "src/data/documents.py",  # three formats, two packings, and what can be wrong with them
     "src/data/prepare.py",  # from files to shards, and from files to facts
     "src/data/shard_writer.py",  # one writer, and all that a kill may leave
+    "src/runs/plan.py",  # each line of the plan
     "src/data/shards.py",  # one format, read and checked
     "src/data/windows.py",  # windows, their order, and each rank's part of it
     "src/generate.py",  # every way for a prompt to come in and for a text to go out

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from conftest import TINY
 from test_run import command
 
@@ -10,9 +11,9 @@ from src.cli.overrides import compose
 from src.cli.typed import typed
 from src.model.architectures import count_parameters
 from src.runs import batch_size, plan
-from src.runs.batch_size import with_largest_batch
+from src.runs.batch_size import with_batches
 from src.training.config import TrainConfig
-from src.training.trial import forecast_memory
+from src.training.step_cost import estimate_memory
 
 LONG = ("model.context_length=10000000", "data.context_length=16")  # 4 TB of positions at 100,000 dimensions
 
@@ -24,7 +25,7 @@ def config_of(*overrides: str) -> TrainConfig:
 @pytest.mark.parametrize("overrides", [(), ("model.tie_weights=true",), ("model.n_layers=5",), ("optimizer=muon",)])
 def test_weights_gradients_and_optimizer_are_forecast_exactly(overrides):
     config = config_of(*overrides)
-    memory, size = forecast_memory(config, "cpu", "32-true"), 4 * count_parameters(config.model)
+    memory, size = estimate_memory(config, "cpu", "32-true"), 4 * count_parameters(config.model)
     assert memory.weights == memory.gradients == size
     if config.optimizer.name == "adamw":
         assert 2 * size <= memory.optimizer < 2 * size + 1000  # and the numbers of steps
@@ -35,11 +36,19 @@ def test_weights_gradients_and_optimizer_are_forecast_exactly(overrides):
 
 def test_what_saves_memory_saves_memory_in_the_forecast():
     deep = ("model.n_layers=6", "model.context_length=64", "data.batch_size=8", "model.vocab_size=50257")
-    full = forecast_memory(config_of(*deep), "cpu", "32-true")
-    assert forecast_memory(config_of(*deep, "activation_checkpointing=true"), "cpu", "32-true").peak < full.peak
-    assert forecast_memory(config_of(*deep), "cpu", "bf16-mixed").activations < 0.8 * full.activations
-    assert forecast_memory(config_of(*deep), "cpu", "bf16-true").weights == full.weights / 2
-    assert forecast_memory(config_of(*deep, "kernels=plain"), "cpu", "32-true").peak > full.peak
+    full = estimate_memory(config_of(*deep), "cpu", "32-true")
+    assert estimate_memory(config_of(*deep, "activation_checkpointing=true"), "cpu", "32-true").peak < full.peak
+    assert estimate_memory(config_of(*deep), "cpu", "bf16-mixed").activations < 0.8 * full.activations
+    assert estimate_memory(config_of(*deep), "cpu", "bf16-true").weights == full.weights / 2
+    assert estimate_memory(config_of(*deep, "kernels=plain"), "cpu", "32-true").peak > full.peak
+
+
+def test_accumulated_gradients_are_alive_in_the_next_forward_pass():
+    shape = ("data.batch_size=16", "model.context_length=64")
+    one = estimate_memory(config_of(*shape), "cpu", "32-true")
+    several = estimate_memory(config_of(*shape, "trainer.accumulate_grad_batches=2"), "cpu", "32-true")
+    assert several[:-1] == one[:-1]
+    assert several.peak > one.peak + one.gradients / 2
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated(tiny_run, tmp_path, monkeypatch):
@@ -55,7 +64,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated(tiny_run, t
 def test_measured_steps_agree_with_the_forecast(tmp_path):
     done = command(tmp_path, "dry_run=measure", "data.batch_size=16", "trainer.precision=32-true").stdout
     (forecast,) = re.findall(r"memory +about ([\d.]+) GB at the peak", done)
-    (measured,) = re.findall(r"per update, ([\d.]+) GB at the peak", done)
+    (measured,) = re.findall(r"per optimizer step, ([\d.]+) GB at the peak", done)
     assert float(forecast) == pytest.approx(float(measured), rel=0.25)
     assert "by the measured steps" in done
     assert list(tmp_path.iterdir()) == []
@@ -79,26 +88,26 @@ def test_tokens_per_parameter_is_the_length(tiny_run):
     assert run.record["optimizer_steps"] == round(0.001 * parameters / 32) > 0
     with pytest.raises(ValueError, match=r"tokens_per_parameter=1 is the length of the run; use trainer.max_steps=-1"):
         tiny_run("tokens_per_parameter=1")
-    with pytest.raises(ValueError, match=r"tokenizer=char leaves open; use model.vocab_size"):
+    with pytest.raises(ValueError, match=r"which is not known before the text is read; use model.vocab_size"):
         tiny_run("tokens_per_parameter=1", "trainer.max_epochs=null", "tokenizer=char")
 
 
 def test_the_largest_batch_that_fits_divides_the_step(monkeypatch, tiny_run):
     asked = config_of("data.batch_size=auto", "tokens_per_step=192")  # 12 windows
-    assert with_largest_batch(asked).data.batch_size == 12
+    assert with_batches(asked, 1).data.batch_size == 12
     tried = []
     monkeypatch.setattr(batch_size, "_fits", lambda config, *_: tried.append(config.data.batch_size) or len(tried) == 3)
-    assert with_largest_batch(asked).data.batch_size == 4
+    assert with_batches(asked, 1).data.batch_size == 4
     assert tried == [12, 6, 4]
     monkeypatch.setattr(batch_size, "free_on", lambda device: 0)
     with pytest.raises(MemoryError):
-        with_largest_batch(asked)
+        with_batches(asked, 1)
     with pytest.raises(ValueError, match=r"data.batch_size=auto needs the tokens of a step; use tokens_per_step=<n>"):
         config_of("data.batch_size=auto")
 
 
 def test_a_batch_that_does_not_fit_is_found_out_in_another_process():
-    assert not batch_size._fits(config_of("model.emb_dim=100000", *LONG), "cpu", "32-true")
+    assert not batch_size._fits(config_of("model.emb_dim=100000", *LONG), torch.device("cpu"), "32-true")
 
 
 def test_a_resumed_run_keeps_the_batch_that_it_found(tiny_run, monkeypatch):

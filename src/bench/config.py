@@ -32,6 +32,8 @@ class BenchmarkConfig(TrainConfig):
             for key in ("weights", "ckpt_path", "resume")
             if getattr(self, key)
         ]
+        if self.auto_batch:
+            found.append("data.batch_size=auto is not one batch to measure; use data.batch_size=2")
         if missing := [name for name in self.peers if not importlib.util.find_spec(PEERS[name])]:
             found.append(f"peers=[{','.join(missing)}] is not installed; use pip install -e '.[bench]', or peers=[]")
         if "preparation" in self.measure and not self.source:

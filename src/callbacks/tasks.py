@@ -15,9 +15,9 @@ from src.config import Config
 from src.data.config import DataConfig
 from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
+from src.device import in_precision
 from src.evaluation.config import problems_of_tasks
 from src.evaluation.losses import text_loss
-from src.evaluation.precision import choose_precision, in_precision
 from src.model.gpt import GPT
 from src.tokenizer import gpt2_tokenizer
 from src.training.sharded import whole_net
@@ -97,7 +97,7 @@ class Tasks(Callback):
     def _scores(self, net: GPT, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         data = own_data(trainer)
         tokenizer, config = (data.tokenizer, data.config) if data else (gpt2_tokenizer(), DataConfig(batch_size=8))
-        _, autocast = in_precision(choose_precision(None, {"precision": str(trainer.precision)}), pl_module.device.type)
+        _, autocast = in_precision(str(trainer.precision), pl_module.device.type)
         found, sizes = {}, {}
         with autocast:
             for name, corpus in self._corpora.items():

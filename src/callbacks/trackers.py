@@ -24,7 +24,7 @@ class WandB(WandbLogger):
     def __init__(self, save_dir: str | Path, **options: Any) -> None:
         self.started, self.id_file = False, Path(save_dir, "wandb_run_id")
         with _one_line("wandb"):
-            super().__init__(_name(save_dir), save_dir, id=_saved(self.id_file), **options)
+            super().__init__(**{"name": _name(save_dir), "id": _saved(self.id_file), **options}, save_dir=save_dir)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:
@@ -51,7 +51,9 @@ class MLflow(MLFlowLogger):
             uri = f"sqlite:///{Path('outputs/mlflow.db').absolute()}"
             options = {"artifact_location": Path("outputs/mlflow").absolute().as_uri(), **options}
         with _one_line("mlflow"):
-            super().__init__(run_name=_name(save_dir), tracking_uri=uri, run_id=_saved(self.id_file), **options)
+            super().__init__(
+                **{"run_name": _name(save_dir), "run_id": _saved(self.id_file), **options}, tracking_uri=uri
+            )
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import os
 import platform
 import secrets
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from src.data.datamodule import TextDataModule
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy")
@@ -98,10 +101,11 @@ class RunRecord:
         try:
             with suppress(*([OSError] if error else [])):  # the first error is reported, not a full disk after it
                 self.update(**_outcome(error), seconds=self.seconds_before + time.perf_counter() - self._began)
-            with suppress(*([Exception] if error else [])):
-                for logger in self.loggers:
-                    if finish := getattr(logger, "finish", None):
-                        finish(self.values["status"])
+            for logger in self.loggers:
+                try:
+                    getattr(logger, "finish", lambda status: None)(self.values["status"])
+                except Exception as failure:
+                    log.warning("%s: %s", type(logger).__name__, failure)
             nothing_trained = self.values["status"] == "checked" or (error and not isinstance(error, Interrupted))
             if nothing_trained and not self._in_sweep:  # whose table lists every job
                 self._discard_untrained()
@@ -193,8 +197,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def recorded_runs() -> list[Path]:
     """The folders of all runs and jobs under ``outputs``, the one that changed last first."""
-    records = [*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")]
-    return [record.parent for record in sorted(records, key=lambda record: record.stat().st_mtime, reverse=True)]
+    changed = {}
+    for record in (*Path("outputs").glob("*/*/run.json"), *Path("outputs").glob("*/*/*/run.json")):
+        with suppress(OSError):  # a run that trained nothing may have just removed it
+            changed[record.parent] = record.stat().st_mtime
+    return sorted(changed, key=lambda folder: changed[folder], reverse=True)
 
 
 def _is_sound(value: Any, kind: Any) -> bool:
@@ -233,7 +240,8 @@ def git_revision() -> str | None:
 
 def git_diff(revision: str) -> str | None:
     """What differs in ``src`` and ``conf`` from ``revision``; None if the repository does not have it, or is none."""
-    return _git("diff", "--no-color", "--no-ext-diff", "--full-index", revision, "--", "src", "conf")
+    own = ("--no-color", "--no-ext-diff", "--no-textconv", "--full-index", "-U3", "--src-prefix=a/", "--dst-prefix=b/")
+    return _git("-c", "diff.algorithm=myers", "diff", *own, revision, "--", "src", "conf")  # whatever the user set
 
 
 def _git(*arguments: str) -> str | None:

@@ -175,10 +175,10 @@ def _explanation(error: Exception, config: TrainConfig, folder: Path, resume: st
 def _less_memory(config: TrainConfig) -> str:
     batch, accumulate = config.data.batch_size, config.trainer.accumulate_grad_batches
     parts = next((n for n in range(2, batch + 1) if batch % n == 0), None)
-    if parts:
-        return f"data.batch_size={batch // parts} trainer.accumulate_grad_batches={accumulate * parts}"
-    shorter = max(config.model.context_length // 2, 1)
-    return f"model.context_length={shorter} trainer.accumulate_grad_batches={accumulate * 2}"
+    length, factor = config.model.context_length, parts or 2
+    less = f"data.batch_size={batch // parts}" if parts else f"model.context_length={max(length // 2, 1)}"
+    # with tokens_per_step, which sets it, accumulation follows
+    return less if config.tokens_per_step else f"{less} trainer.accumulate_grad_batches={accumulate * factor}"
 
 
 def print_summary(record: dict[str, Any], folder: Path) -> None:

@@ -23,8 +23,10 @@ def print_differences(config: TrainConfig, record: RunRecord) -> None:
         return
     found = differences(Path(config.reproduce), record.values)
     record.update(reproduces={"run": config.reproduce, "differences": found})
-    for difference in found or ["nothing: config, code, versions, device and text are the same"]:
+    for difference in found:
         log.info("differs from %s: %s", config.reproduce, difference)
+    if not found:
+        log.info("no differences from %s in config, code, versions, device and text", config.reproduce)
 
 
 def print_outcome(config: TrainConfig, record: RunRecord) -> None:
@@ -79,10 +81,11 @@ def compare(old: Path, new: Path) -> str:
     """Whether the run in ``new`` logged what the run in ``old`` had, apart from its speed: a sentence that begins with
     ``reproduced``, or that names the first step and column with another value. Where ``old`` was not completed, its
     values are the only ones compared; without ``metrics.csv`` the final losses are."""
-    completed, where = read_record(old).get("status") == "completed", "rows"
+    completed = read_record(old).get("status") == "completed"
     before, after = _rows(old), _rows(new)
+    where = f"of the {len(before):,} rows of metrics.csv"
     if not before or not after:
-        before, after, where = _losses(old), _losses(new), "rows of run.json"
+        before, after, where = _losses(old), _losses(new), "of the final losses in run.json"
     last = max(before, default=-1)
     count = 0
     for step in sorted(step for step in {*before, *after} if step <= last):
@@ -94,7 +97,7 @@ def compare(old: Path, new: Path) -> str:
             count += 1
     if not count:
         return f"{old} has no numbers to compare"
-    return f"reproduced {old}: all {count:,} values of {len(before):,} {where} are identical"
+    return f"reproduced {old}: all {count:,} values {where} are identical"
 
 
 def _rows(folder: Path) -> dict[int, Row]:

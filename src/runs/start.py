@@ -13,10 +13,9 @@ from src.checkpoint.find import good_checkpoint, make_last, newest_good_checkpoi
 from src.data.config import TokenizerConfig
 from src.data.tokenizers import describes
 from src.interop.weights import read_model, tokenizer_in
-from src.model.architectures import count_parameters
 from src.model.config import GPTConfig
 from src.runs import processes
-from src.runs.batch_size import with_largest_batch
+from src.runs.batch_size import vocabulary_multiple, with_batches
 from src.runs.record import read_record
 from src.training.config import FREE, TrainConfig
 from src.training.optim import learning_rate_at
@@ -91,7 +90,7 @@ class Start:
 
     def with_vocabulary(self, data: TextDataModule, device: str) -> Start:
         """A start whose model has the tokenizer's number of tokens, on a GPU rounded up to a multiple of 64."""
-        config = self.config.with_vocabulary(data.tokenizer.n_vocab, 64 if device == "cuda" else 1)
+        config = self.config.with_vocabulary(data.tokenizer.n_vocab, vocabulary_multiple(device))
         return replace(self, config=config)
 
     def load_weights(self, module: PretrainingModule) -> None:
@@ -137,10 +136,10 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     found = _shared(lambda: _checkpoint(config, folder))
     if found is None:
         if not config.weights:
-            return Start(_with_batches(config, world_size))
+            return Start(with_batches(config, world_size))
         model, weights, tokenizer, _ = read_model(config.weights)
         _check_tokenizer(config.tokenizer, tokenizer, config.weights)
-        config = _with_batches(config.with_model_of(model, config.weights), world_size)
+        config = with_batches(config.with_model_of(model, config.weights), world_size)
         return Start(config, weights=weights, tokenizer=tokenizer)
     path, checkpoint = found
     if config.trainer.overfit_batches:
@@ -157,29 +156,12 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     elif not config.model.vocab_size:
         config = config.with_vocabulary(model.vocab_size)
     if config.auto_batch:
-        config = config.with_batch_size(checkpoint["fixed_values"]["data.batch_size"])
-    config = _with_batches(config, world_size)
+        config = config.with_batch_size(checkpoint.get("fixed_values", {}).get("data.batch_size", 1))
+    config = with_batches(config, world_size)
     if problems := [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path),
                     *_other_values(config, checkpoint, path, world_size)]:  # fmt: skip
         raise ValueError("\n".join(problems))
     return Start(config, path, checkpoint, tokenizer=tokenizer)
-
-
-def _with_batches(config: TrainConfig, world_size: int) -> TrainConfig:
-    """``config`` with the batch, the accumulation and the number of steps that it describes in other terms."""
-    config = with_largest_batch(config.with_window()).accumulated(world_size)
-    if config.tokens_per_parameter is None:
-        return config
-    vocabulary = config.model.vocab_size or config.tokenizer.size
-    if vocabulary is None:
-        raise ValueError(
-            f"tokens_per_parameter={config.tokens_per_parameter:g} needs the size of the vocabulary, which "
-            f"tokenizer={config.tokenizer.name} leaves open; use model.vocab_size=<n> or tokenizer=byte"
-        )
-    parameters = count_parameters(config.model.changed(vocab_size=vocabulary))
-    step = config.data.batch_size * config.context_length * config.trainer.accumulate_grad_batches * world_size
-    steps = max(round(config.tokens_per_parameter * parameters / step), 1)
-    return config.changed(trainer=config.trainer.changed(max_steps=steps), tokens_per_parameter=None)
 
 
 def _checkpoint(config: TrainConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -126,9 +126,10 @@ class TrainConfig(Config):
         return found
 
     def _nodes(self) -> list[str]:
-        averaging = "ema" in self.callbacks and self.trainer.strategy == "fsdp"
-        sharded = ["callbacks=ema does not average sharded weights; use trainer=ddp, or ~callbacks.ema"]
-        return sharded * averaging + [
+        found = []
+        if self.callbacks.get("ema") and self.trainer.strategy == "fsdp":
+            found.append("callbacks=ema does not average sharded weights; use trainer=ddp, or ~callbacks.ema")
+        return found + [
             f"{group}.{name}={node} has no _target_ to build; use ~{group}.{name}"
             for group in ("callbacks", "logger")
             for name, node in getattr(self, group).items()

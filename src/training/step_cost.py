@@ -1,11 +1,10 @@
-"""A training step tried out: its memory on tensors without data, its time on random tokens."""
+"""What a training step costs: memory, on tensors without data, and time, on random tokens."""
 
 from __future__ import annotations
 
 import statistics
 import time
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.device import seconds_of
+from src.device import in_precision, seconds_of
 from src.training.config import TrainConfig
 from src.training.optim import build_optimizer
 from src.training.trainer import build_module
-
-DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
 class Memory(NamedTuple):
@@ -43,7 +40,7 @@ class StepTimes(NamedTuple):
     evaluation: float
 
 
-def forecast_memory(config: TrainConfig, device: str, precision: str) -> Memory:
+def estimate_memory(config: TrainConfig, device: str, precision: str) -> Memory:
     """The memory of a training step of ``config`` on one ``device``, without allocating it.
 
     The step runs on fake tensors, which have a shape and no data, with one and with two blocks; what the second one
@@ -52,7 +49,7 @@ def forecast_memory(config: TrainConfig, device: str, precision: str) -> Memory:
     one, two = (_traced(config.changed(model=config.model.changed(n_layers=n)), device, precision) for n in (1, 2))
     more = config.model.n_layers - 1
     weights, gradients, optimizer, activations, *peaks = (
-        a + (b - a) * more for a, b in zip(one[1:], two[1:], strict=True)
+        first + (second - first) * more for first, second in zip(one[1:], two[1:], strict=True)
     )
     return Memory(weights, gradients, optimizer, activations, max(one[0], two[0]), max(peaks))
 
@@ -60,8 +57,9 @@ def forecast_memory(config: TrainConfig, device: str, precision: str) -> Memory:
 def _traced(config: TrainConfig, device: str, precision: str) -> list[int]:
     """Bytes of the largest tensor, of weights, gradients, optimizer and activations, and at the most during the forward
     pass, the backward pass and the update."""
+    dtype, autocast = in_precision(precision, device)
     with torch.device("meta"):
-        module = build_module(config.changed(compile=False), device).to(_dtype(precision, "true"))
+        module = build_module(config.changed(compile=False), device).to(dtype)
     with FakeTensorMode(), LiveBytes() as live:
         made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones once
         for name, old in list(module.named_parameters(remove_duplicate=False)):
@@ -74,15 +72,17 @@ def _traced(config: TrainConfig, device: str, precision: str) -> list[int]:
             parameter.grad = torch.zeros_like(parameter)
         gradients = live.now - weights
         optimizer.step()  # makes the optimizer's state
-        optimizer.zero_grad()
-        state = live.now - weights
+        state = live.now - weights - gradients
+        if config.trainer.accumulate_grad_batches == 1:  # else gradients are there from the second batch on
+            optimizer.zero_grad()
+        kept = live.now
         tokens = torch.zeros(config.data.batch_size, config.context_length, dtype=torch.int64, device=device)
         peaks, losses = [], []
-        with _autocast(device, precision):
+        with autocast:
             live.most = live.now
             losses.append(module.loss(tokens, tokens))
             peaks.append(live.most)
-        activations = live.now - weights - state
+        activations = live.now - kept
         for act in losses.pop().backward, optimizer.step:
             live.most = live.now
             act()
@@ -113,15 +113,17 @@ class LiveBytes(TorchDispatchMode):
         self.largest = max(self.largest, size)
 
 
-def measure_step(config: TrainConfig, device: str, precision: str, seconds: float = 10) -> StepTimes:
-    """The times of training steps on random tokens, medians of two or more after one that warms up, for so many
-    ``seconds``. Afterwards this process has had all memory that training needs."""
-    module = build_module(config, device).to(device, _dtype(precision, "true"))
+def measure_step(config: TrainConfig, device: torch.device, precision: str, seconds: float = 10) -> StepTimes:
+    """The times of training steps on random tokens: medians over so many ``seconds``, after one step that warms up; of
+    that one alone where they are 0. Afterwards this process has had all memory that training needs."""
+    dtype, autocast = in_precision(precision, device.type)
+    module = build_module(config, device.type).to(device, dtype)
     optimizer = build_optimizer(module.net, config.optimizer)
-    tokens = torch.randint(config.model.vocab_size, (config.data.batch_size, config.context_length), device=device)
+    shape = (config.data.batch_size, config.context_length)
+    tokens = torch.randint(config.model.vocab_size, shape, device=device)
 
     def batch() -> None:
-        with _autocast(device, precision):
+        with autocast:
             loss = module.train().loss(tokens, tokens)
         loss.backward()
 
@@ -131,21 +133,12 @@ def measure_step(config: TrainConfig, device: str, precision: str, seconds: floa
         optimizer.zero_grad()
 
     def evaluation() -> None:
-        with torch.no_grad(), _autocast(device, precision):
+        with torch.no_grad(), autocast:
             module.eval().loss(tokens, tokens, "sum")
 
+    if config.trainer.accumulate_grad_batches > 1:
+        batch()  # the next one finds its gradients
     rounds, started = [], time.perf_counter()
-    while len(rounds) < 3 or time.perf_counter() - started < seconds:
-        rounds.append([seconds_of(act, device) for act in (batch, update, evaluation)])
-    return StepTimes(*map(statistics.median, zip(*rounds[1:], strict=True)))
-
-
-def _dtype(precision: str, kind: str) -> torch.dtype:
-    """Of ``bf16-mixed``: bfloat16 for the ``kind`` ``mixed``, float32 for ``true``."""
-    name, _, suffix = precision.partition("-")
-    return DTYPES.get(name, torch.float32) if suffix == kind else torch.float32
-
-
-def _autocast(device: str, precision: str) -> AbstractContextManager:
-    dtype = _dtype(precision, "mixed")
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
+    while not rounds or (seconds and len(rounds) < 3) or time.perf_counter() - started < seconds:
+        rounds.append([seconds_of(act, device.type) for act in (batch, update, evaluation)])
+    return StepTimes(*map(statistics.median, zip(*(rounds[1:] or rounds), strict=True)))
