@@ -39,7 +39,9 @@ def check(cfg: DictConfig) -> tuple[list[Path], Path]:
     problems = []
     for asked in config.runs:
         path = Path(os.path.expanduser(asked))
+        path = latest_run("runs") if asked == "latest" else path
         folders = [path] if path.is_dir() else [Path(match) for match in sorted(glob.glob(str(path)))]
+        folders += [sweep.parent for folder in folders for sweep in folder.glob("*/sweep.json")]
         runs = [run for folder in folders for run in (folder, *jobs_of(folder)) if (run / "run.json").is_file()]
         found |= dict.fromkeys(run.resolve() for run in runs)
         if not runs:
@@ -79,7 +81,7 @@ def compare(cfg: DictConfig) -> list[dict[str, Any]]:
         print(f"{key}: {'; '.join(values)}")
     if by == "best_bits_per_byte":
         print("the tokenizers differ, so losses per token do not compare: sorted and drawn by bits per byte")
-    if len({run.record.get("data_sha256") for run in runs}) > 1:
+    if len({run.record.get("data_sha256") for run in runs} - {None}) > 1:
         print("the texts differ")
     if missing := [run.name for run in runs if not run.metrics]:
         print(f"without metrics.csv, so without curves: {', '.join(missing)}")
@@ -91,14 +93,13 @@ def compare(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def with_runs(arguments: list[str]) -> list[str]:
-    """``arguments`` with ``runs=`` in place of those that are no override: run folders, patterns or ``latest``."""
+    """``arguments`` with ``runs=`` in place of those that are no override."""
     plain = [each for each in arguments if not each.startswith("-") and ("=" not in each or os.path.lexists(each))]
     if not arguments:
         raise ValueError("runs is needed; use python -m src.compare <run folder> <run folder>")
     if not plain:
         return arguments
-    paths = [quoted(latest_run("runs") if each == "latest" else each) for each in plain]
-    return [*(each for each in arguments if each not in plain), f"runs=[{','.join(paths)}]"]
+    return [*(each for each in arguments if each not in plain), f"runs=[{','.join(map(quoted, plain))}]"]
 
 
 if __name__ == "__main__":

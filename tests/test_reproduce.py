@@ -19,7 +19,6 @@ from src.runs.reproduce import code_differences, compare
 OPTIONS = ("data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=2", "model.drop_rate=0.2",
            "eval.every_steps=4", "eval.batches=1", "trainer.precision=32-true", "trainer.accelerator=cpu",
            "~callbacks.loss_plot", "~callbacks.text_samples", "logger=csv")  # fmt: skip
-ALL_THE_SAME = "nothing: config, code, versions, device and text are the same"
 
 
 @pytest.fixture
@@ -51,9 +50,9 @@ def test_the_same_run_again_has_the_same_bits(begun, command):
     status, out, _ = command("train", "reproduce=latest")
     again = newest()
     assert status == 0 and again != begun
-    assert f"differs from {begun}: {ALL_THE_SAME}" in out
+    assert f"no differences from {begun} in config, code, versions, device and text" in out
     count = sum(bool(value) for row in numbers(begun) for key, value in row.items() if key != "step")
-    outcome = f"reproduced {begun}: all {count} values of {len(rows_of(begun))} rows are identical"
+    outcome = f"reproduced {begun}: all {count} values of the {len(rows_of(begun))} rows of metrics.csv are identical"
     assert outcome in out
     assert read_record(again)["reproduces"] == {"run": str(begun), "differences": [], "outcome": outcome}
     assert len(numbers(begun)) > 10
@@ -105,13 +104,17 @@ def test_interrupted_and_resumed_runs_and_those_without_metrics_csv(tiny_run, at
     with pytest.raises(Interrupted):
         tiny_run(*options, folder=old)
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]
-    assert outcome.startswith(f"reproduced {old}: all ") and outcome.endswith(" values of 6 rows are identical")
+    assert outcome.startswith(f"reproduced {old}: all ") and outcome.endswith(
+        " values of the 6 rows of metrics.csv are identical"
+    )
     tiny_run(*options, resume=old)
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]
-    assert outcome.startswith(f"reproduced {old}: all ") and outcome.endswith(" values of 10 rows are identical")
+    assert outcome.startswith(f"reproduced {old}: all ") and outcome.endswith(
+        " values of the 10 rows of metrics.csv are identical"
+    )
     (old / "metrics.csv").unlink()
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]
-    assert outcome == f"reproduced {old}: all 2 values of 1 rows of run.json are identical"
+    assert outcome == f"reproduced {old}: all 2 values of the final losses in run.json are identical"
     loss = read_record(old)["val_loss"]
     edit(old, val_loss=loss + 1e-6)
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]

@@ -49,7 +49,8 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
         except BaseException as error:
             told = processes.reported_elsewhere(error) or getattr(error, "told", False)
             error.told = told  # pyright: ignore[reportAttributeAccessIssue]  # any exception, for src.cli.app
-            if starts and isinstance(error, Interrupted):
+            basic = HydraConfig.get().runtime.choices.get("hydra/sweeper") == "basic"
+            if starts and basic and isinstance(error, Interrupted):
                 again = resume_override(Path(HydraConfig.get().sweep.dir), KEY)
                 print(f"to continue the sweep: python -m src.train -m {again}", file=sys.stderr)
             raise

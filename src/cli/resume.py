@@ -13,7 +13,7 @@ from src.cli.latest import latest_run, requeued_run, with_latest_weights, withou
 from src.cli.overrides import CONF, compose
 from src.cli.quoting import as_meant, command_line, key_of, quoted
 from src.interop.locate import run_folder
-from src.runs.record import read_record, signature
+from src.runs.record import is_signed, read_record
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,13 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     Raises:
         ValueError: there is no such run, or its overrides name code to execute and another user wrote them.
     """
-    flags, typed, given = taken_apart(overrides, "resume")
+    flags, typed, given = split_overrides(overrides, "resume")
     sweeping = {"-m", "--multirun"} & set(flags)
     os.environ[COMMAND] = "" if sweeping else command_line(without_hydra(typed))
-    new = typed
-    if not given and not sweeping and (begun := requeued_run(new)):
-        given, new = [str(begun)], []  # the same command, started again
-    asked = given[-1] if given else None
-    if asked in (None, "", "null"):
+    if begun := None if given or sweeping else requeued_run(typed):
+        given = [str(begun)]
+    new = [] if begun else typed  # the same command, started again
+    if (asked := given[-1] if given else "") in ("", "null"):
         return _reproduced(overrides) or _from_checkpoint(with_latest_weights(overrides))
     if sweeping:
         raise ValueError(f"resume={asked} continues one run and cannot be part of a sweep; leave out -m")
@@ -46,9 +45,9 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
             f"resume={asked} starts from its own checkpoint; leave out {' and '.join(starts)}, or use resume=null"
         )
     saved = _saved_overrides(record, f"resume={folder}", new, typed)
-    attempts = len(record.get("resumed_at", [])) + 1
-    places = [f"hydra.run.dir={quoted(folder)}", f"hydra.output_subdir=.hydra/resumed_{attempts}"]
-    return [*flags, *saved, *new, f"resume={quoted(folder)}", *places]
+    place = f".hydra/resumed_{len(record.get('resumed_at', [])) + 1}"
+    own = [f"{key}={quoted(folder)}" for key in ("resume", "hydra.run.dir")]
+    return [*flags, *saved, *new, *own, f"hydra.output_subdir={place}"]
 
 
 def _run(key: str, asked: str, new: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -64,17 +63,19 @@ def _run(key: str, asked: str, new: list[str]) -> tuple[Path, dict[str, Any]]:
 
 def _reproduced(overrides: list[str]) -> list[str]:
     """``overrides``, after those of the run that ``reproduce`` names; none if it names none."""
-    flags, new, given = taken_apart(overrides, "reproduce")
+    flags, new, given = split_overrides(overrides, "reproduce")
     if not given or given[-1] in ("", "null"):
         return []
     folder, record = _run("reproduce", given[-1], new)
     saved = _saved_overrides(record, f"reproduce={folder}", new, new, drop=("reproduce",))
+    batch = record.get("config", {}).get("data", {}).get("batch_size")  # as auto found it then
+    saved = [f"data.batch_size={batch}" if one == "data.batch_size=auto" else one for one in saved]
     return [*flags, *saved, *with_latest_weights(new), f"reproduce={quoted(folder)}"]
 
 
 def _from_checkpoint(overrides: list[str]) -> list[str]:
     """``overrides``, after those of the run whose checkpoint ``ckpt_path`` names, if it names one."""
-    flags, new, given = taken_apart(overrides, "ckpt_path")
+    flags, new, given = split_overrides(overrides, "ckpt_path")
     if not given or not (given[-1] == "latest" or os.path.exists(given[-1])):
         return overrides
     asked = f"ckpt_path={given[-1]}"
@@ -105,7 +106,7 @@ def _saved_overrides(
     """The overrides in the ``record`` of a run that ``new`` ones do not replace, if they can be trusted: this user
     signed them, or has typed them again."""
     saved = overrides_in(record) or []
-    own = record.get("signature") == signature(saved) is not None
+    own = is_signed(record, saved)
     named = {key_of(override) for override in new} | {"resume", "dry_run", *drop}
     groups = tuple(f"{key}." for key in named)  # a group that is chosen again comes with its own values
     set_again = {key_of(override) for override in new if not override.startswith("+")}  # needs the + that added it
@@ -152,9 +153,8 @@ def _targets(cfg: DictConfig | ListConfig) -> list[str]:
     return found
 
 
-def taken_apart(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
+def split_overrides(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
     """Hydra's own flags, the overrides except those of ``key``, and the values that ``key`` was given."""
     flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
     rest = [override for override in overrides if override not in flags and key_of(override) != key]
-    values = [as_meant(override.split("=", 1)[-1]) for override in overrides if key_of(override) == key]
-    return flags, rest, values
+    return flags, rest, [as_meant(one.split("=", 1)[-1]) for one in overrides if key_of(one) == key]

@@ -14,13 +14,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from src.cli import app
+from src.cli.overrides import compose
 from src.cli.quoting import key_of, quoted
-from src.cli.resume import COMMAND, overrides_in, resumed_overrides, taken_apart
+from src.cli.resume import COMMAND, overrides_in, resumed_overrides, split_overrides
 from src.files import read_json, remove_folder, write_json
 from src.runs.compare import ComparedRun, figure_of, jobs_of, read_run, rows_of
-from src.runs.record import signature
+from src.runs.record import is_signed, signature
 from src.runs.tables import write_table
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ class SweepTable(Callback):
                 figure_of(runs).savefig(folder / "plots" / "sweep.png")
             print(f"sweep folder: {folder}")
         else:
-            remove_folder(folder, "multirun.yaml", "sweep.*", ".lock")
+            remove_folder(folder, "multirun.yaml", "sweep.*", ".lock", ".table.lock")
         if any(status not in ("completed", "checked") for _, _, status, _ in rows):
             raise SystemExit(1)
 
@@ -85,12 +87,13 @@ def write_sweep(folder: Path) -> list[ComparedRun]:
     ]
     runs.sort(key=lambda run: run.record.get("val_loss", math.inf))
     if runs:
-        write_table(rows_of(runs), folder / "sweep")
+        with FileLock(folder / ".table.lock"):  # jobs may end at the same time
+            write_table(rows_of(runs), folder / "sweep")
     return runs
 
 
 def _overrides_of(job: Path) -> list[str]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, YAMLError):
         return [str(override) for override in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
     return []
 
@@ -112,7 +115,7 @@ def resumed_sweep(overrides: list[str]) -> list[str]:
     Raises:
         ValueError: there is no such sweep, it cannot be continued, or another user wrote its overrides.
     """
-    flags, typed, given = taken_apart(overrides, KEY)
+    flags, typed, given = split_overrides(overrides, KEY)
     asked = f"{KEY}={given[-1]}" if given else ""
     if not given or given[-1] in ("", "null"):
         return resumed_overrides(overrides)
@@ -124,13 +127,15 @@ def resumed_sweep(overrides: list[str]) -> list[str]:
     saved = overrides_in(record)
     if saved is None:
         raise ValueError(
-            f"{asked} is not the folder of a sweep (seen from {Path.cwd()}), it has no sound sweep.json; "
+            f"{asked} is not the folder of a sweep (seen from {Path.cwd()}), it has no valid sweep.json; "
             f"use {KEY}=outputs/gpt2/<time>_sweep, or resume=<run folder> without -m"
         )
-    if not (record.get("signature") == signature(saved) is not None or set(saved) <= set(typed)):
+    if not (is_signed(record, saved) or set(saved) <= set(typed)):
         raise ValueError(f"{asked} has overrides of another user in sweep.json; type them again if you trust them")
     new = [override for override in typed if override not in saved]
-    swept = {key_of(override) for override in saved if _sweeps(override)}
+    fixed = [override for override in saved if not _sweeps(override)]
+    params = compose("train", fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
+    swept = {key_of(override) for override in saved if _sweeps(override)} | {"experiment", *map(str, params)}
     for override in new:
         if _sweeps(override) or key_of(override) in {*swept, *OWN}:
             raise ValueError(f"{override} would change the jobs of the sweep; leave it out with {asked}")

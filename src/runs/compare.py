@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ def read_run(folder: Path, name: str, settings: dict[str, Any] | None = None) ->
     """The run in ``folder``, without damaged values. ``settings`` are its whole config by default."""
     record = read_record(folder)
     if settings is None:
-        left_out = ("resume", "dry_run", "name", "sweep.resume")
+        left_out = ("resume", "reproduce", "dry_run", "name")
         settings = {key: value for key, value in flat(record.get("config", {})) if key not in left_out}
     table = folder / "tokenizer.json"
     tokenizer = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else "gpt2"
@@ -138,7 +137,11 @@ def figure_of(runs: list[ComparedRun]) -> Figure:
             if training:
                 axes.plot(*zip(*training, strict=True), color=color, linewidth=0.4, alpha=0.4)
             style = {"color": color, "marker": marker, "linestyle": line, "markersize": 3, "linewidth": 1.2}
-            axes.plot(*(zip(*points, strict=True) if points else ([], [])), label=textwrap.shorten(name, 70), **style)
+            axes.plot(
+                *(zip(*points, strict=True) if points else ([], [])),
+                label=name if len(name) <= 70 else f"{name[:67]}...",
+                **style,
+            )
             found += [value for _, value in points]
         axes.set(xlabel=label, yscale="log")
         axes.xaxis.set_major_formatter(short)

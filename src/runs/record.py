@@ -33,11 +33,10 @@ KEY_BYTES = 32
 KINDS = {  # of values that are read again
     **dict.fromkeys(("status", "command", "slurm_job", "git", "device", "precision", "data_sha256"), str),
     **dict.fromkeys(("overrides", "resumed_at"), list),
-    **dict.fromkeys(
-        ("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss", "val_perplexity"), int | float
-    ),
+    **dict.fromkeys(("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss"), int | float),
+    **dict.fromkeys(("val_perplexity", "best_val_loss", "val_tokens", "parameters"), int | float),
+    **dict.fromkeys(("tokens_per_second",), int | float),
     **dict.fromkeys(("config", "versions"), dict),
-    **dict.fromkeys(("best_val_loss", "val_tokens", "parameters", "tokens_per_second"), int | float),
 }
 OUTPUTS = ("run.json", "tokenizer.json", "metrics.csv", "samples.md", "checkpoints", "plots", "events.out.tfevents.*")
 OUTPUTS += ("code.diff", "wandb", "wandb_run_id", "mlflow_run_id")
@@ -122,9 +121,12 @@ class RunRecord:
             raise ValueError(
                 f"{folder} is in use by another process; stop that, or use hydra.run.dir=<a new folder>"
             ) from None
-        if odd := [path for name in OUTPUTS for path in folder.glob(name) if not (path.is_file() or path.is_dir())]:
+        found = [path for name in OUTPUTS for path in folder.glob(name)]
+        if strange := [path for path in found if not (path.is_file() or path.is_dir())]:
             self._lock.release()
-            raise ValueError(f"{odd[0]} is neither a file nor a folder; remove it, or use hydra.run.dir=<a new folder>")
+            raise ValueError(
+                f"{strange[0]} is neither a file nor a folder; remove it, or use hydra.run.dir=<a new folder>"
+            )
         if not self._resumed and (taken := [name for name in OUTPUTS if any(folder.glob(name))]):
             self._lock.release()
             raise ValueError(
@@ -191,7 +193,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {
         key: value
         for key, value in read_json(folder / "run.json").items()
-        if key not in KINDS or _is_sound(value, KINDS[key])
+        if key not in KINDS or _is_valid(value, KINDS[key])
     }
 
 
@@ -204,7 +206,7 @@ def recorded_runs() -> list[Path]:
     return sorted(changed, key=lambda folder: changed[folder], reverse=True)
 
 
-def _is_sound(value: Any, kind: Any) -> bool:
+def _is_valid(value: Any, kind: Any) -> bool:
     finite = not isinstance(value, int | float) or abs(value) <= sys.float_info.max  # not true of NaN
     return isinstance(value, kind) and not isinstance(value, bool) and finite
 
@@ -225,6 +227,11 @@ def signature(overrides: list[str]) -> str | None:
     except (OSError, RuntimeError):  # no home
         return None
     return hmac.new(key, json.dumps(overrides).encode(), "sha256").hexdigest() if len(key) == KEY_BYTES else None
+
+
+def is_signed(record: dict[str, Any], overrides: list[str]) -> bool:
+    """Whether ``record`` has this user's signature of ``overrides``."""
+    return record.get("signature") == signature(overrides) is not None
 
 
 def versions() -> dict[str, str]:
