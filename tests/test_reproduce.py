@@ -105,12 +105,12 @@ def test_interrupted_and_resumed_runs_and_those_without_metrics_csv(tiny_run, at
         tiny_run(*options, folder=old)
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]
     assert outcome.startswith(f"reproduced {old}: all ") and outcome.endswith(
-        " values of the 6 rows of metrics.csv are identical"
+        " the 6 rows of metrics.csv are identical"
     )
     tiny_run(*options, resume=old)
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]
     assert outcome.startswith(f"reproduced {old}: all ") and outcome.endswith(
-        " values of the 10 rows of metrics.csv are identical"
+        " the 10 rows of metrics.csv are identical"
     )
     (old / "metrics.csv").unlink()
     outcome = tiny_run(*options, f"reproduce={old}").record["reproduces"]["outcome"]
