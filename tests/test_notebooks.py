@@ -40,7 +40,7 @@ def test_weights_of_a_small_model_without_a_network(monkeypatch):
 @pytest.mark.slow
 def test_scaling_without_a_ladder(tmp_path, monkeypatch):
     monkeypatch.setenv("SWEEP", "")
-    assert re.search(r"predicted [\d.]+ \([\d.]+ to [\d.]+\), measured [\d.]+: [+-]", run("03_scaling.ipynb"))
+    assert re.search(r"predicted [\d.]+ \+- [\d.e+-]+, measured [\d.]+: [+-]", run("03_scaling.ipynb"))
 
 
 @pytest.mark.slow

@@ -55,10 +55,11 @@ class _HeadAndLoss(torch.autograd.Function):
     ) -> Tensor:
         losses = compiled(_losses) if compiling else _losses
         with torch.autocast(hidden.device.type, enabled=False):
-            cast = head.to(dtype)
-            logits = hidden.to(dtype) @ cast.T  # (N, V)
-            parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
-            total = torch.stack([losses(part, wanted, differentiable) for part, wanted in parts]).sum()
+            inputs, cast = hidden.to(dtype), head.to(dtype)
+            logits = inputs @ cast.T if differentiable else None  # (N, V), all of them for the gradient only
+            parts = logits.split(ROWS) if logits is not None else (rows @ cast.T for rows in inputs.split(ROWS))
+            pairs = zip(parts, targets.split(ROWS), strict=True)
+            total = torch.stack([losses(part, wanted, differentiable) for part, wanted in pairs]).sum()
         ctx.save_for_backward(hidden, cast, logits)
         ctx.head_dtype = head.dtype
         return total

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from src.data.datamodule import TextDataModule
     from src.training.config import TrainConfig
 
-# Fragmentation of the C library's heap, in shares of the largest tensor and of the gradients: fitted to the measured
-# peaks in tests/README.md.
-FRAGMENTATION = (1.6, 0.6)
+# On a CPU: fragmentation of the C library's heap in shares of the largest tensor and of the gradients, and bytes of
+# what is imported later; fitted to the measured peaks in tests/README.md.
+FRAGMENTATION, IMPORTS = (0.35, 0.75), 150e6
 SPEED = ("kernels", "compile", "activation_checkpointing", "data.batch_size", "data.context_length", "optimizer.name")
 SPEED += ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
 RUNS_READ = 200  # in search of one with the same model and batch
@@ -87,9 +87,10 @@ def _memory_line(memory: Memory, device: torch.device, config: TrainConfig) -> s
     if free is not None and step + lost > free:
         verdict += ", which may not be enough"
     parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations")}
-    shown = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items())
+    parts["largest tensor"] = memory.largest
+    shown = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
     total = step + lost + (used_memory() if on_cpu else 0)
-    return f"about {_gb(total)} at the peak{verdict} ({shown}, largest tensor {_gb(memory.largest)})"
+    return f"about {_gb(total)} at the peak{verdict}; {shown}"
 
 
 def needed_memory(memory: Memory, device: str, config: TrainConfig) -> tuple[int, float]:
@@ -98,7 +99,7 @@ def needed_memory(memory: Memory, device: str, config: TrainConfig) -> tuple[int
     on_cpu, ranks = device == "cpu", processes.world_size()
     buckets = memory.gradients if ranks > 1 else 0  # of DistributedDataParallel
     step = memory.peak + buckets + _averages(config, memory.weights // 4)
-    lost = FRAGMENTATION[0] * memory.largest + FRAGMENTATION[1] * memory.gradients if on_cpu else 0
+    lost = FRAGMENTATION[0] * memory.largest + FRAGMENTATION[1] * memory.gradients + IMPORTS if on_cpu else 0
     sharing = max(ranks // config.trainer.num_nodes, 1) if on_cpu else 1
     return step * sharing, lost * sharing
 
@@ -156,9 +157,9 @@ def _speed(record: dict[str, Any]) -> list[Any] | None:
 def _small(step: int, per_parameter: float, val: int) -> list[str]:
     """In what a run is far smaller than those of the papers."""
     found = {
-        f"{step:,} tokens per step ({USUAL_STEP:,})": step < USUAL_STEP / 10,
-        f"{per_parameter:.2g} tokens per parameter ({COMPUTE_OPTIMAL})": per_parameter < COMPUTE_OPTIMAL / 10,
-        f"{val:,} tokens to validate on ({SMALL_SPLIT:,})": val < SMALL_SPLIT,
+        f"{step:,} of {USUAL_STEP:,} tokens per step": step < USUAL_STEP / 10,
+        f"{per_parameter:.2g} of {COMPUTE_OPTIMAL} tokens per parameter": per_parameter < COMPUTE_OPTIMAL / 10,
+        f"{val:,} of {SMALL_SPLIT:,} tokens to validate on": val < SMALL_SPLIT,
     }
     return [text for text, small in found.items() if small]
 
