@@ -46,7 +46,7 @@ def test_every_yaml_composes_and_builds(file, tmp_path, small_weights):
         raw = ({"prompt": ["So"], "prompt_file": [], "stop": []},) if command == "generate" else ()
         OTHERS[command].check(cli.compose(command, overrides), *raw)
         return
-    needs_path = "data/text", "experiment/optimizers", "experiment/tiny_char"
+    needs_path = "data/text", "experiment/optimizers", "experiment/tiny_char", "experiment/ladder"
     if file in needs_path or cli.compose("train", overrides).data.get("format") == "shards":
         overrides.append(f"data.path={tmp_path}")
     if file == "tokenizer/file":

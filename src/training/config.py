@@ -1,8 +1,8 @@
 """The configuration of a training run as a whole, and the checks between its sections."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from src.config import Config
 from src.data.config import DataConfig, TokenizerConfig
@@ -61,6 +61,14 @@ class TrainerConfig(Config):
         return DEFAULT_EPOCHS if self.max_epochs is None and self.max_steps == -1 else self.max_epochs
 
 
+def _as_switch(value: Any) -> Any:
+    """``value``, with yes, no, on and off as booleans."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return value
+
+
 class TrainConfig(Config):
     """Everything that ``python -m src.train`` composes. ``callbacks`` and ``logger`` hold nodes with a ``_target_``;
     keys that a user adds (``+tags=[a]``) are allowed and kept."""
@@ -81,7 +89,7 @@ class TrainConfig(Config):
     kernels: Literal["fast", "plain"] = "fast"
     compile: bool = False
     activation_checkpointing: bool = False
-    dry_run: Literal[False, True, "measure"] = False
+    dry_run: Annotated[Literal[False, True, "measure"], BeforeValidator(_as_switch)] = False
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
