@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +55,8 @@ def started(tmp_path, text):
             arguments = list(overrides)
         env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
         env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+        if any("max-restarts" in argument for argument in by):
+            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         command = [sys.executable, *by, "-m", "src.train", *sorted(arguments, key=lambda one: one != "-m")]
         pipe = subprocess.PIPE
         running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
@@ -68,11 +72,11 @@ def losses(folder: Path, key: str = "train/loss") -> list[float]:
     return [float(row[key]) for row in rows_of(folder / "metrics.csv") if row.get(key)]
 
 
-def process_of_rank(parent: subprocess.Popen, rank: int) -> int:
+def process_of_rank(parent: subprocess.Popen, rank: int) -> int | None:
     for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
-    raise AssertionError(f"{parent.pid} has no process of rank {rank}")
+    return None
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -160,6 +164,54 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
         _, err = process.communicate()
         assert process.returncode == 0, err
     assert first_difference(tmp_path / "whole", cut) is None
+
+
+@pytest.mark.slow
+def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(started, tmp_path, request):
+    """Dropout on. SIGKILL of either rank at a random moment, again and again; nobody but torchelastic restarts them."""
+    kills = 20 if request.config.getoption("--full") else 2
+    common = ("data.batch_size=2", f"trainer.max_steps={10 * kills + 10}", "trainer.max_epochs=null",
+              "eval.every_steps=7", "eval.batches=2", "checkpoint.every_steps=2", "~callbacks.loss_plot")  # fmt: skip
+    whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(0)
+    undisturbed = started(*common, f"hydra.run.dir={whole}")
+    assert undisturbed.wait() == 0, undisturbed.communicate()
+    process = started(*common, f"max_restarts={kills}", f"hydra.run.dir={cut}")
+    for kill in range(kills):
+        wait_for_step(process, cut, 10 * kill + draw.randrange(3, 8))
+        time.sleep(draw.uniform(0, 0.2))
+        os.kill(process_of_rank(process, draw.randrange(2)), signal.SIGKILL)
+        while len(read_record(cut).get("resumed_at", [])) <= kill:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err.count("a rank has ended, starting all again") == kills
+    assert "error" not in out + err
+    assert len(read_record(cut)["resumed_at"]) == kills
+    assert first_difference(whole, cut) is None
+
+
+@pytest.mark.slow
+def test_two_nodes(started, tmp_path, tiny_run):
+    """Two agents on one machine, which meet on the loopback; after a rank is killed, torchrun continues the run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    node = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-id=two",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost")  # fmt: skip
+    common = (*SAME, "trainer.max_steps=30", "checkpoint.every_steps=2")
+    both = [started(*common, "data.batch_size=2", "trainer.num_nodes=2", by=node, devices=1) for _ in range(2)]
+    while not (folders := list((tmp_path / "outputs").glob("gpt2/*"))):
+        time.sleep(0.05)
+    wait_for_step(both[0], folders[0], 8)
+    os.kill(process_of_rank(both[0], 0) or process_of_rank(both[1], 0), signal.SIGKILL)
+    for agent in both:
+        out, err = agent.communicate()
+        assert agent.returncode == 0, out + err
+    assert len(list((tmp_path / "outputs").glob("gpt2/*"))) == 1
+    assert len(read_record(folders[0])["resumed_at"]) == 1
+    alone = tiny_run(*common, "data.batch_size=4")
+    assert losses(folders[0]) == pytest.approx(column(alone, "train/loss"), abs=5e-5)
 
 
 def test_a_nan_on_one_process_stops_all(started, tmp_path, tiny_run, text):

@@ -176,7 +176,7 @@ def test_job_that_slurm_starts_again_resumes_its_own_run(tiny_run, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     run = tiny_run("callbacks=none", "trainer.max_steps=2", folder=tmp_path / "outputs" / "gpt2" / "one")
     mine = ["model=gpt2_tiny", "weights=w.ckpt"]
-    record = read_record(run.folder) | {"status": "interrupted", "slurm_job": "77", "overrides": mine}
+    record = read_record(run.folder) | {"status": "interrupted", "job_id": "77", "overrides": mine}
     (run.folder / "run.json").write_text(json.dumps(record | {"command": command_line(mine)}))
     assert resumed_overrides(mine) == mine
     monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -802,7 +802,7 @@ def test_names_that_hydra_cannot_hold_are_refused(command, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_slurm_job_goes_back_into_the_queue(tiny_run, at_batch, tmp_path, monkeypatch, caplog, there):
+def test_job_id_goes_back_into_the_queue(tiny_run, at_batch, tmp_path, monkeypatch, caplog, there):
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     if there:
@@ -813,7 +813,7 @@ def test_slurm_job_goes_back_into_the_queue(tiny_run, at_batch, tmp_path, monkey
     at_batch(5, interrupt(signal.SIGUSR1))
     with caplog.at_level("INFO"), pytest.raises(Interrupted):
         tiny_run("callbacks=none", "data.batch_size=4", folder=tmp_path / "run")
-    assert read_record(tmp_path / "run")["slurm_job"] == "77"
+    assert read_record(tmp_path / "run")["job_id"] == "77"
     if there:
         assert (tmp_path / "asked").read_text() == "requeue 77\n"
     assert ("was requeued" if there else "could not be requeued") in caplog.text

@@ -15,6 +15,7 @@ from src.checkpoint.interruption import Interrupted
 from src.cli import app
 from src.cli.overrides import compose
 from src.cli.quoting import key_of, quoted, resume_override
+from src.cli.resume import split_overrides
 from src.cli.sweep import KEY, write_sweep
 from src.files import read_json, remove_folder, write_json
 from src.runs import launch, processes
@@ -40,8 +41,8 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
                 print(f"{folder} is completed")
                 return read_record(folder).get("val_loss")
             count = 0 if processes.world_size() > 1 else launch.devices_here(OmegaConf.to_container(cfg.trainer))
-            if starts or count > 1:
-                start_ranks(count, folder)
+            if starts or count > 1 or (count and cfg.max_restarts and not processes.started_here()):
+                start_ranks(count, folder, cfg.max_restarts)
                 return read_record(folder).get("val_loss")
             if processes.rank():
                 processes.be_quiet()
@@ -66,8 +67,9 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
     return hydra_job
 
 
-def start_ranks(count: int, folder: Path) -> None:
-    """Run the current Hydra job with ``count`` ranks in ``folder``; raises as :func:`src.runs.launch.start`."""
+def start_ranks(count: int, folder: Path, max_restarts: int) -> None:
+    """Run the current Hydra job with ``count`` ranks in ``folder``; raises as :func:`src.runs.launch.start`, which
+    describes ``max_restarts``."""
     task, subfolder = list(HydraConfig.get().overrides.task), "null"
     overrides = [override for override in task if key_of(override) != KEY]
     if overrides != task:  # a sweep is continued, and Hydra has written nothing yet
@@ -78,7 +80,7 @@ def start_ranks(count: int, folder: Path) -> None:
     overrides += [f"hydra.run.dir={quoted(folder)}", f"hydra.output_subdir={subfolder}"]
     role = processes.SWEEP if sweeping() else processes.RUN
     try:
-        launch.start(["-m", "src.train", *overrides], count, role, resume_override(folder))
+        launch.start(["-m", "src.train", *overrides], count, role, resume_override(folder), max_restarts)
     except processes.FailedElsewhere as error:
         record = read_json(folder / "run.json")
         if record.get("status") in ("running", "interrupted"):  # rank 0 was killed, or torchelastic stopped it
@@ -92,14 +94,23 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise stack traces for each lost connection
         if processes.world_size() > 1:  # else as many as PyTorch or the launcher of a sweep chooses
             os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes.world_size(), 1)))
-        threading.Thread(target=processes.stop_with_launcher, daemon=True).start()
-        return sys.argv[1:]
+        threading.Thread(target=launch.stop_with_launcher, daemon=True).start()
+        return processes.from_rank_zero(_started_again) if processes.restarts() else sys.argv[1:]
     arguments = processes.from_rank_zero(make if processes.world_size() == 1 else lambda: _with_folder(make))
     if processes.rank() == 0:
         return arguments
     if _flags(arguments):
         sys.exit(0)  # rank 0 answers --help
     return [*arguments, "hydra.output_subdir=null"]
+
+
+def _started_again() -> list[str]:
+    """The arguments of ranks that are started again: those of a run that is resumed, if it had begun."""
+    print(f"a rank has ended, starting all again (restart {processes.restarts()})", file=sys.stderr)
+    folder = Path(split_overrides(sys.argv[1:], "hydra.run.dir")[2][-1])
+    resumed = any(key_of(argument) == "resume" for argument in sys.argv[1:])
+    begun = (folder / "run.json").exists() and not resumed
+    return [*sys.argv[1:], *[f"resume={quoted(folder)}"] * begun]
 
 
 def _with_folder(make: Callable[[], list[str]]) -> list[str]:

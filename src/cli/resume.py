@@ -24,7 +24,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     """The overrides to compose for the ``overrides`` of ``src.train``.
 
     ``resume=<run folder>|latest``, ``reproduce=<run folder>|latest`` or ``ckpt_path=<checkpoint or run folder>|latest``
-    puts the overrides of that run before the given ones. A job that SLURM has requeued resumes the run that it began.
+    puts the overrides of that run before the given ones. A job that was started again resumes the run it began.
 
     Raises:
         ValueError: there is no such run, or its overrides name code to execute and another user wrote them.

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from src.checkpoint.interruption import SIGNALS, Interrupted, Interruption, heeded_signals
@@ -86,11 +87,11 @@ def devices_here(trainer: Any) -> int:
     return count if count > 0 else max(present, 1)
 
 
-def start(arguments: list[str], count: int, role: str, resume: str) -> None:
+def start(arguments: list[str], count: int, role: str, resume: str, max_restarts: int = 0) -> None:
     """Run ``python *arguments`` in ``count`` processes through torchelastic, pass signals on and wait for the end.
 
-    Once one has failed, torchelastic sends the others SIGTERM and, 30 s later, SIGKILL. ``role`` is their
-    ``ROLE_NAME``, ``resume`` the override that continues the run.
+    Once one has failed, torchelastic sends the others SIGTERM and, 30 s later, SIGKILL, and up to ``max_restarts``
+    times starts all of them again. ``role`` is their ``ROLE_NAME``, ``resume`` the override that continues the run.
 
     Raises:
         FailedElsewhere: one of them failed, and the reason is printed.
@@ -105,8 +106,11 @@ def start(arguments: list[str], count: int, role: str, resume: str) -> None:
     rendezvous: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
     signals = ",".join(signum.name for signum in heeded_signals())
     logs = DefaultLogsSpecs(os.devnull)
-    # max_restarts: a restarted rank would need resume= among its arguments
-    config = LaunchConfig(**node, **rendezvous, role=role, max_restarts=0, signals_to_handle=signals, logs_specs=logs)
+    config = LaunchConfig(
+        **node, **rendezvous, role=role, max_restarts=max_restarts, signals_to_handle=signals, logs_specs=logs
+    )
+    if max_restarts:  # or restarted ranks would find the addresses of those before them (pytorch/pytorch#135712)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     escaped = [argument.replace("$", "$$") for argument in arguments]  # torchelastic takes them as string.Template
     logging.disable()  # torchelastic logs each process
     try:
@@ -135,3 +139,11 @@ def start(arguments: list[str], count: int, role: str, resume: str) -> None:
         who = f"rank {rank} of {count}" if count > 1 else "the process"
         print(f"error: {who} was killed by {name}{why}; use {resume}", file=sys.stderr)
     raise FailedElsewhere(f"rank {rank} " + (f"was killed by {name}" if code < 0 else f"ended with exit code {code}"))
+
+
+def stop_with_launcher() -> None:
+    """Watch the process that started this one, and send SIGTERM to this one when it has been killed."""
+    launcher = int(os.environ["TORCHELASTIC_RUN_ID"])
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -50,6 +50,16 @@ def world_size() -> int:
     return int(os.environ["SLURM_NTASKS"]) if _under_srun() else 1
 
 
+def restarts() -> int:
+    """How many times torchelastic has started the ranks again because one of them had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def job_id() -> str | None:
+    """What all starts of this run's ranks by SLURM or torchelastic have in common."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def started_here() -> bool:
     """Whether :mod:`src.runs.launch` started this process."""
     return os.environ.get("ROLE_NAME") in (RUN, SWEEP)
@@ -146,11 +156,3 @@ def ignore_signals() -> None:
     if world_size() > 1 and threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-
-
-def stop_with_launcher() -> None:
-    """Watch the process that started this one, and send SIGTERM to this one when it has been killed."""
-    launcher = int(os.environ["TORCHELASTIC_RUN_ID"])
-    while os.getppid() == launcher:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)

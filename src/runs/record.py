@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.interruption import Interrupted
 from src.files import read_json, remove_folder, replacing, write_json, write_text
+from src.runs.processes import job_id
 from src.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "tiktoken", "numpy"
 LINGERING = 15  # seconds
 KEY_BYTES = 32
 KINDS = {  # of values that are read again
-    **dict.fromkeys(("status", "command", "slurm_job", "git", "device", "precision", "data_sha256"), str),
+    **dict.fromkeys(("status", "command", "job_id", "git", "device", "precision", "data_sha256"), str),
     **dict.fromkeys(("overrides", "resumed_at"), list),
     **dict.fromkeys(("seconds", "optimizer_steps", "tokens_seen", "train_loss", "val_loss"), int | float),
     **dict.fromkeys(("val_perplexity", "best_val_loss", "val_tokens", "parameters"), int | float),
@@ -87,8 +88,8 @@ class RunRecord:
             "git": git_revision(),
             **{key: value for key, value in before.items() if key == "best_val_loss"},
         }
-        if "SLURM_JOB_ID" in os.environ:
-            self.values["slurm_job"] = os.environ["SLURM_JOB_ID"]
+        if job := job_id():
+            self.values["job_id"] = job
         self._started = False
         if not resumed:
             self.start()

@@ -89,6 +89,7 @@ class TrainConfig(Config):
     kernels: Literal["fast", "plain"] = "fast"
     compile: bool = False
     activation_checkpointing: bool = False
+    max_restarts: int = Field(default=0, ge=0)
     dry_run: Annotated[Literal[False, True, "measure"], BeforeValidator(_as_switch)] = False
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()

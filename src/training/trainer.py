@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from src.checkpoint.callbacks import RunCheckpoints
 from src.checkpoint.interruption import Interruption
@@ -69,6 +70,8 @@ def build_trainer(
     options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
         options["strategy"] = FullyShardedStrategy(world_size)
+    elif options["strategy"] == "ddp" or world_size > 1:
+        options["strategy"] = DDPStrategy(gradient_as_bucket_view=True)  # without: each gradient in memory twice
     options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
     options = {"num_sanity_val_steps": 0, "enable_model_summary": False, **options}
     trainer = Trainer(
