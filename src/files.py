@@ -18,19 +18,32 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     ``durable`` waits until the new content is on the disk, so that it survives a power failure.
     """
     part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)  # of a process that was killed; it may be another name of a file that is in use
+    remove(part)  # of a process that was killed; it may be another name of a file that is in use
     try:
         yield part
         if durable:
-            _flush(part)
+            flush(part)
+        if path.is_dir() or part.is_dir():
+            remove(path)
         part.replace(path)
-        if durable and os.name == "posix":  # elsewhere a folder cannot be opened
-            _flush(path.parent)
+        if durable:
+            flush(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        remove(part)
 
 
-def _flush(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove the file or folder at ``path``, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if os.name != "posix" and path.is_dir():  # where a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -39,13 +52,20 @@ def _flush(path: Path) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give the file at ``path`` a second name, which replaces what ``name`` was. A file system without hard links gets
-    a copy."""
+    """Give the file at ``path``, or those in the folder, a second name, which replaces what ``name`` was. A file system
+    without hard links gets a copy."""
     with replacing(name) as part:
-        try:
-            os.link(path, part)
-        except OSError:
-            shutil.copyfile(path, part)
+        if path.is_dir():
+            shutil.copytree(path, part, copy_function=_link)
+        else:
+            _link(path, part)
+
+
+def _link(path: str | Path, name: str | Path) -> None:
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def write_text(path: Path, text: str) -> None:

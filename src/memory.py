@@ -37,6 +37,11 @@ def free_memory() -> int | None:
     return None if found is None else min([found, *_left_in_groups()])
 
 
+def host_memory() -> int | None:
+    """What this machine has; None where that is not known."""
+    return _kilobytes(Path("/proc/meminfo"), "MemTotal")
+
+
 def _left_in_groups() -> Iterator[int]:
     mine = Path("/proc/self/cgroup")
     for line in mine.read_text().splitlines() if mine.exists() else ():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from src.checkpoint.pickles import is_checkpoint
 from src.cli import app, ranks
 from src.cli.overrides import compose, unknown_trainer_arguments
 from src.cli.quoting import command_line, resume_override
@@ -55,7 +56,7 @@ def check(cfg: DictConfig) -> TrainConfig:
             locate(config.weights)
     except ValueError as error:
         found += str(error).splitlines()
-    if config.ckpt_path and not config.resume and not Path(config.ckpt_path).is_file():
+    if config.ckpt_path and not config.resume and not is_checkpoint(Path(config.ckpt_path)):
         found.append(
             f"ckpt_path={config.ckpt_path} is not a file (seen from {Path.cwd()}); "
             f"use ckpt_path=<run folder>/checkpoints/last.ckpt"
@@ -119,7 +120,8 @@ def train(cfg: DictConfig, folder: Path) -> Run:
         processes.wait_for_all()
         module = None
         if not config.dry_run:
-            module = build_module(config, device, schedule_steps, start.skip_batches(data.windows_per_batch))
+            skip_batches = start.skip_batches(data.windows_per_batch)
+            module = build_module(config, device, schedule_steps, skip_batches, config.trainer.strategy == "fsdp")
             start.load_weights(module)
             fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
             reproduce.print_outcome(config, record)

@@ -2,6 +2,7 @@ import csv
 import itertools
 import os
 import runpy
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from src.model.config import GPTConfig
 from src.train import Run, train
 
 TINY = ("model=gpt2_tiny", "model.context_length=16")
+ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
 WORDS = "the ferry bell rang over a brown river while nobody waited on the far side".split()
 
 
@@ -48,6 +50,38 @@ def a_user_of_its_own(monkeypatch, tmp_path_factory) -> None:
     """The tests sign their runs with a key of their own, and no test's command is another's."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
     monkeypatch.setenv("GPT2_LIGHTNING_COMMAND", "")
+
+
+@pytest.fixture
+def spawned(tmp_path):
+    """Starts ``python *arguments`` in ``tmp_path``, whose modules it finds, and kills what still runs at the end."""
+    running = []
+
+    def spawn(*arguments: str, **environment: str) -> subprocess.Popen:
+        env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
+        env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1", **environment}
+        command, pipe = [sys.executable, *arguments], subprocess.PIPE
+        running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
+        return running[-1]
+
+    yield spawn
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def ranks(spawned, text):
+    """Starts ``python -m src.train`` on ``text`` with two processes."""
+
+    def start(*overrides: str, by: tuple[str, ...] = (), devices: int = 2) -> subprocess.Popen:
+        arguments = [*TINY, f"data.path={text}", *ON_CPU, f"trainer.devices={devices}", *overrides]
+        if any(override.startswith("resume=") for override in overrides):
+            arguments = list(overrides)
+        sharing = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if any("max-restarts" in one for one in by) else {}
+        return spawned(*by, "-m", "src.train", *sorted(arguments, key=lambda one: one != "-m"), **sharing)
+
+    return start
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, column, story_of
+from conftest import column, story_of
 from hypothesis import given
 from hypothesis import strategies as st
 from interrupting import first_difference, rows_of
@@ -32,7 +31,6 @@ from src.runs.record import read_record
 from src.tokenizer import gpt2_tokenizer
 from src.train import check
 
-COMMON = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
 SAME = ("model.drop_rate=0", "schedule=constant", "eval.every_steps=4", "eval.batches=2", "trainer.max_epochs=null")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 POISON = """
@@ -42,30 +40,6 @@ class Poison(Callback):
         if trainer.global_rank == 1 and pl_module.batch_index == 2 and pl_module.step_losses:  # not left out
             pl_module.step_losses[-1] = loss.new_tensor(float("nan"))  # the gradient stays finite
 """
-
-
-@pytest.fixture
-def started(tmp_path, text):
-    """Starts ``python -m src.train`` on ``text`` with two processes, in ``tmp_path``."""
-    running = []
-
-    def start(*overrides: str, by: tuple[str, ...] = (), devices: int = 2) -> subprocess.Popen:
-        arguments = [*TINY, f"data.path={text}", *COMMON, f"trainer.devices={devices}", *overrides]
-        if any(override.startswith("resume=") for override in overrides):
-            arguments = list(overrides)
-        env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-        env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-        if any("max-restarts" in argument for argument in by):
-            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        command = [sys.executable, *by, "-m", "src.train", *sorted(arguments, key=lambda one: one != "-m")]
-        pipe = subprocess.PIPE
-        running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
 
 
 def losses(folder: Path, key: str = "train/loss") -> list[float]:
@@ -89,7 +63,7 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
+def test_two_processes_train_what_one_does(ranks, tmp_path, tiny_run, text):
     """DDP under torchrun; fully sharded from its checkpoint on; from there on one process, with smaller batches."""
     text.write_text(story_of(883))
     whole = tiny_run(*SAME, "data.batch_size=4", "trainer.max_steps=18", "callbacks=default")
@@ -97,7 +71,7 @@ def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
     assert len(whole.datamodule.val_windows) % 4
     assert len(whole.datamodule.train_windows) % 4 == 1
 
-    ddp = started(*SAME, "data.batch_size=2", "trainer.max_steps=6", by=TORCHRUN)
+    ddp = ranks(*SAME, "data.batch_size=2", "trainer.max_steps=6", by=TORCHRUN)
     out, err = ddp.communicate()
     assert ddp.returncode == 0, err
     (folder,) = (tmp_path / "outputs" / "gpt2").iterdir()
@@ -114,7 +88,7 @@ def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
     assert (folder / "samples.md").read_text().count("## step") == 3
 
     last = folder / "checkpoints" / "last.ckpt"
-    fsdp = started(*SAME, "data.batch_size=2", "trainer.max_steps=12", "trainer=fsdp", f"ckpt_path={last}",
+    fsdp = ranks(*SAME, "data.batch_size=2", "trainer.max_steps=12", "trainer=fsdp", f"ckpt_path={last}",
                    f"hydra.run.dir={tmp_path / 'fsdp'}", "schedule=constant")  # fmt: skip
     out, err = fsdp.communicate()
     assert fsdp.returncode == 0, err
@@ -133,13 +107,13 @@ def test_two_processes_train_what_one_does(started, tmp_path, tiny_run, text):
 
 
 @pytest.mark.slow
-def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
+def test_killed_interrupted_and_resumed_to_the_same_bits(ranks, tmp_path):
     """Dropout on. SIGKILL of one process; SIGTERM to the one that started them; SIGTERM to one of them."""
     common = ("data.batch_size=2", "trainer.max_epochs=3", "eval.every_steps=7", "eval.batches=2")
     common += ("checkpoint.every_steps=3", "~callbacks.loss_plot")
-    whole = started(*common, f"hydra.run.dir={tmp_path / 'whole'}")
+    whole = ranks(*common, f"hydra.run.dir={tmp_path / 'whole'}")
     cut = tmp_path / "cut"
-    killed = started(*common, f"hydra.run.dir={cut}")
+    killed = ranks(*common, f"hydra.run.dir={cut}")
     wait_for_step(killed, cut, 4)
     os.kill(process_of_rank(killed, 1), signal.SIGKILL)
     _, err = killed.communicate()
@@ -149,7 +123,7 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
     assert read_record(cut)["status"] == "failed"
 
     for step in 12, 18:
-        stopped = started(f"resume={cut}")
+        stopped = ranks(f"resume={cut}")
         wait_for_step(stopped, cut, step)
         os.kill(stopped.pid if step == 12 else process_of_rank(stopped, 1), signal.SIGTERM)
         out, err = stopped.communicate()
@@ -159,7 +133,7 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
         assert read_record(cut)["status"] == "interrupted"
         assert read_record(cut)["optimizer_steps"] == read_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"]
 
-    resumed = started(f"resume={cut}")
+    resumed = ranks(f"resume={cut}")
     for process in whole, resumed:
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -167,15 +141,15 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(started, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(started, tmp_path, request):
+def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(ranks, tmp_path, request):
     """Dropout on. SIGKILL of either rank at a random moment, again and again; nobody but torchelastic restarts them."""
     kills = 20 if request.config.getoption("--full") else 2
     common = ("data.batch_size=2", f"trainer.max_steps={10 * kills + 10}", "trainer.max_epochs=null",
               "eval.every_steps=7", "eval.batches=2", "checkpoint.every_steps=2", "~callbacks.loss_plot")  # fmt: skip
     whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(0)
-    undisturbed = started(*common, f"hydra.run.dir={whole}")
+    undisturbed = ranks(*common, f"hydra.run.dir={whole}")
     assert undisturbed.wait() == 0, undisturbed.communicate()
-    process = started(*common, f"max_restarts={kills}", f"hydra.run.dir={cut}")
+    process = ranks(*common, f"max_restarts={kills}", f"hydra.run.dir={cut}")
     for kill in range(kills):
         wait_for_step(process, cut, 10 * kill + draw.randrange(3, 8))
         time.sleep(draw.uniform(0, 0.2))
@@ -192,7 +166,7 @@ def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(started, t
 
 
 @pytest.mark.slow
-def test_two_nodes(started, tmp_path, tiny_run):
+def test_two_nodes(ranks, tmp_path, tiny_run):
     """Two agents on one machine, which meet on the loopback; after a rank is killed, torchrun continues the run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -200,7 +174,7 @@ def test_two_nodes(started, tmp_path, tiny_run):
     node = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-id=two",
             "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost")  # fmt: skip
     common = (*SAME, "trainer.max_steps=30", "checkpoint.every_steps=2")
-    both = [started(*common, "data.batch_size=2", "trainer.num_nodes=2", by=node, devices=1) for _ in range(2)]
+    both = [ranks(*common, "data.batch_size=2", "trainer.num_nodes=2", by=node, devices=1) for _ in range(2)]
     while not (folders := list((tmp_path / "outputs").glob("gpt2/*"))):
         time.sleep(0.05)
     wait_for_step(both[0], folders[0], 8)
@@ -214,14 +188,14 @@ def test_two_nodes(started, tmp_path, tiny_run):
     assert losses(folders[0]) == pytest.approx(column(alone, "train/loss"), abs=5e-5)
 
 
-def test_a_nan_on_one_process_stops_all(started, tmp_path, tiny_run, text):
+def test_a_nan_on_one_process_stops_all(ranks, tmp_path, tiny_run, text):
     """Until then Muon trains on shards what it does on one process."""
     (tmp_path / "poison.py").write_text(POISON)
     tokens = np.array(gpt2_tokenizer().encode(text.read_text()), dtype="<u2")
     (tmp_path / "shard.bin").write_bytes(header(len(tokens)) + tokens.tobytes())
     common = ("data=shards", f"data.path={tmp_path / 'shard.bin'}", "optimizer=muon", "model.drop_rate=0",
               "schedule=constant", "eval.batches=1")  # fmt: skip
-    process = started(*common, "data.batch_size=2", "+callbacks.poison._target_=poison.Poison",
+    process = ranks(*common, "data.batch_size=2", "+callbacks.poison._target_=poison.Poison",
                       f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 1, err
@@ -235,9 +209,9 @@ def test_a_nan_on_one_process_stops_all(started, tmp_path, tiny_run, text):
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_process_is_left_out_by_all_on_resume(started, tmp_path):
+def test_a_nan_on_one_process_is_left_out_by_all_on_resume(ranks, tmp_path):
     (tmp_path / "poison.py").write_text(POISON)
-    process = started("data.batch_size=2", "+callbacks.poison._target_=poison.Poison", "eval.batches=1",
+    process = ranks("data.batch_size=2", "+callbacks.poison._target_=poison.Poison", "eval.batches=1",
                       "trainer.strategy=fsdp", "checkpoint.every_steps=1",
                       "trainer.max_steps=5", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     out, err = process.communicate()
@@ -245,7 +219,7 @@ def test_a_nan_on_one_process_is_left_out_by_all_on_resume(started, tmp_path):
     assert (out + err).count("step 3 was not made: its loss is nan") == (out + err).count("error:") == 1
     (batch,) = json.loads((tmp_path / "run" / "non_finite.json").read_text())["batches"]
     assert [len(window["tokens"]) for window in batch["windows"]] == [16] * 4
-    resumed = started(f"resume={tmp_path / 'run'}", "skip_batches=[2]")
+    resumed = ranks(f"resume={tmp_path / 'run'}", "skip_batches=[2]")
     _, err = resumed.communicate()
     assert resumed.returncode == 0, err
     record = read_record(tmp_path / "run")
@@ -254,9 +228,9 @@ def test_a_nan_on_one_process_is_left_out_by_all_on_resume(started, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_all_would_say_is_said_once_and_a_sweep_starts_each_job_anew(started, tmp_path, text):
+def test_what_all_would_say_is_said_once_and_a_sweep_starts_each_job_anew(ranks, tmp_path, text):
     text.write_text("far too short")
-    process = started("-m", "data.batch_size=2,3", "hydra.sweep.dir=sweep")
+    process = ranks("-m", "data.batch_size=2,3", "hydra.sweep.dir=sweep")
     out, err = process.communicate()
     assert process.returncode == 1
     assert (out + err).count("error: data.path=") == 2

@@ -2,17 +2,13 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from src.cli.overrides import CONF
 from src.cli.sweep import SweepTable, resumed_sweep
 from src.runs.record import read_record
 
@@ -47,22 +43,11 @@ TROUBLESOME = ("+callbacks.trouble._target_=trouble.Trouble",)
 
 
 @pytest.fixture
-def started(tmp_path):
+def started(tmp_path, spawned):
     """Starts ``python -m src.train -m`` in ``tmp_path``, where a callback of Trouble can be found."""
     (tmp_path / "trouble.py").write_text(TROUBLE)
     (tmp_path / "trouble").touch()
-    running = []
-
-    def start(*arguments: str) -> subprocess.Popen:
-        env = {**os.environ, "PYTHONPATH": f"{CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-        command, pipe = [sys.executable, "-m", "src.train", "-m", *arguments], subprocess.PIPE
-        running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
+    return lambda *arguments: spawned("-m", "src.train", "-m", *arguments)
 
 
 def rows_of(sweep: Path) -> dict[str, dict[str, str]]:

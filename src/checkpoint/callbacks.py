@@ -93,6 +93,7 @@ class RunCheckpoints(Checkpoint):
         self._agree()
         if self._saved_step != trainer.global_step:
             self._save(trainer)
+        self._finish(trainer)
         self.interruption.deferred = False
         self.interruption.check()
 
@@ -101,6 +102,7 @@ class RunCheckpoints(Checkpoint):
         if self._due or (interrupted and self._saved_step != trainer.global_step):
             self._save(trainer)
         if interrupted:
+            self._finish(trainer)
             self.interruption.check()
 
     def _agree(self) -> bool:
@@ -116,11 +118,14 @@ class RunCheckpoints(Checkpoint):
             self.interruption.requested = signal.Signals(signum)
         return bool(signum)
 
+    def _finish(self, trainer: Any) -> None:
+        if finish := getattr(trainer.strategy, "finish_saving", None):  # of a checkpoint that is written meanwhile
+            finish()
+
     def _save(self, trainer: Any) -> None:
         if not trainer.fast_dev_run:
-            trainer.save_checkpoint(self.path)  # through SealedCheckpointIO in plugin.py
-            if self._best_due and trainer.is_global_zero:
-                link(self.path, self.best_path)
+            # through SealedCheckpointIO in plugin.py
+            trainer.save_checkpoint(self.path, storage_options=[self.best_path] if self._best_due else None)
         self._due = self._best_due = False
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()

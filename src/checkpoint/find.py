@@ -2,25 +2,34 @@
 
 import logging
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from src.checkpoint.pickles import printable
-from src.checkpoint.storage import DamagedError, read_sealed
+from src.checkpoint.parts import REST, read_checkpoint_of
+from src.checkpoint.pickles import is_checkpoint, is_in_parts, printable
+from src.checkpoint.seal import DamagedError
 from src.files import link
 
 log = logging.getLogger(__name__)
 
 
-def read_checkpoint(path: Path, key: str = "ckpt_path", unsealed: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint; see :func:`~src.checkpoint.storage.read_sealed`.
+def read_checkpoint(
+    path: Path,
+    key: str = "ckpt_path",
+    unsealed: bool = False,
+    kinds: Collection[str] = (),
+    verify: bool = True,
+) -> dict[str, Any]:
+    """The content of a checkpoint; see :func:`~src.checkpoint.parts.read_checkpoint_of`. One in parts is read without
+    tensors unless ``kinds`` names them.
 
     Raises:
         ValueError: as :func:`~src.checkpoint.storage.read_sealed`, or the file is not a checkpoint with an optimizer.
     """
-    content = read_sealed(path, key, unsealed)
+    content = read_checkpoint_of(path, key, unsealed, kinds, verify)
     if not (isinstance(content, dict) and content.get("optimizer_states") and "hyper_parameters" in content):
         raise ValueError(
             f"{key}={path} has no optimizer state to resume from; use weights={path} to start from its weights"
@@ -44,13 +53,15 @@ def good_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
         return found
 
 
-def newest_good_checkpoint(folder: Path, unsealed: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def newest_good_checkpoint(
+    folder: Path, unsealed: bool = False, kinds: Collection[str] = ()
+) -> tuple[Path, dict[str, Any]] | None:
     """The undamaged checkpoint of the latest step in ``folder``, with its content. Damaged ones are logged. See
-    :func:`~src.checkpoint.storage.read_sealed` for ``unsealed``."""
-    files = [path for path in folder.glob("*.ckpt") if path.is_file()]  # reading a pipe would wait forever
+    :func:`read_checkpoint` for ``unsealed`` and ``kinds``."""
+    files = filter(is_checkpoint, folder.glob("*.ckpt"))
     for path in sorted(files, key=lambda path: (_claimed_step(path), path.name == "last.ckpt"), reverse=True):
         try:
-            return path, read_checkpoint(path, unsealed=unsealed)
+            return path, read_checkpoint(path, unsealed=unsealed, kinds=kinds)
         except ValueError as error:
             log.warning("%s, looking for an older one", _problem(error))
     return None
@@ -63,6 +74,7 @@ def make_last(path: Path) -> None:
 
 
 def _claimed_step(path: Path) -> float:
+    path = path / REST if is_in_parts(path) else path
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception:  # it is damaged: read it first, so that it is reported

@@ -6,8 +6,19 @@ import re
 import zipfile
 from pathlib import Path
 
+MANIFEST = "manifest.json"  # of a checkpoint in parts: file -> SHA-256
 LARGEST_PICKLE = 2**24  # bytes that are searched for the names of functions
 MOST_NAMED = 5  # functions in a message
+
+
+def is_in_parts(path: Path) -> bool:
+    """Whether ``path`` is a folder by :mod:`src.checkpoint.parts`."""
+    return path.suffix == ".ckpt" and (path / MANIFEST).is_file()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` may be read as a checkpoint; reading a pipe would wait forever."""
+    return path.is_file() or is_in_parts(path)
 
 
 def printable(text: object) -> str:

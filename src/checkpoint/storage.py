@@ -30,11 +30,7 @@ def write_sealed(content: dict[str, Any], path: Path, previous: Path | None = No
     trained = _tensors([content.get(key) for key in ("state_dict", "averaging", "optimizer_states")])
     tensors = [value for value in trained if value.is_floating_point() and value.numel()]
     # A sum takes a tenth of the time of isfinite on each element, but may overflow: then look at the elements.
-    if not all(value.sum().isfinite() or value.isfinite().all() for value in tensors):
-        raise ValueError(
-            f"{path} was not written because the weights or the optimizer state are not finite; "
-            f"use optimizer.learning_rate=<less>, then resume=<run folder>"
-        )
+    refuse_non_finite(path, all(value.sum().isfinite() or bool(value.isfinite().all()) for value in tensors))
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.nbytes for tensor in tensors)
     try:
@@ -53,6 +49,14 @@ def write_sealed(content: dict[str, Any], path: Path, previous: Path | None = No
             f"{path} could not be written ({reason}): it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
             f"free some and use resume=<run folder>, or use hydra.run.dir=<a folder on another disk>"
         ) from error
+
+
+def refuse_non_finite(path: Path, finite: bool) -> None:
+    if not finite:
+        raise ValueError(
+            f"{path} was not written because the weights or the optimizer state are not finite; "
+            f"use optimizer.learning_rate=<less>, then resume=<run folder>"
+        )
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

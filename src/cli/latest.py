@@ -74,13 +74,13 @@ def data_of_run(weights: str) -> dict[str, Any]:
     they do not belong to a run."""
     folder, file = run_folder(weights), Path(os.path.expanduser(weights))
     if folder and file.is_dir():
-        file = next((path for path in folder.glob("checkpoints/*.ckpt") if path.is_file()), file)
+        file = next(folder.glob("checkpoints/*.ckpt"), file)
     config = read_record(folder).get("config") if folder else None
     data = config.get("data") if isinstance(config, dict) else None
-    if data is None and file.suffix == ".ckpt" and file.is_file():
-        from src.checkpoint.storage import read_sealed  # imports PyTorch
+    if data is None and file.suffix == ".ckpt" and file.exists():
+        from src.checkpoint.parts import read_checkpoint_of  # imports PyTorch
 
-        content = read_sealed(file, "weights", unsealed=True)
+        content = read_checkpoint_of(file, "weights", unsealed=True, kinds=())
         run = content.get("run") if isinstance(content, dict) else None
         data = run.get("data") if isinstance(run, dict) else None
     return data if isinstance(data, dict) else {}

@@ -45,3 +45,10 @@ def command_line(overrides: list[str]) -> str:
 def resume_override(folder: Path, key: str = "resume") -> str:
     """The override that resumes the run in ``folder``, quoted for a shell."""
     return shlex.quote(f"{key}={as_typed(folder)}")
+
+
+def split_overrides(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
+    """Hydra's own flags, the overrides except those of ``key``, and the values that ``key`` was given."""
+    flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    rest = [override for override in overrides if override not in flags and key_of(override) != key]
+    return flags, rest, [as_meant(one.split("=", 1)[-1]) for one in overrides if key_of(one) == key]

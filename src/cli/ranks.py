@@ -14,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.checkpoint.interruption import Interrupted
 from src.cli import app
 from src.cli.overrides import compose
-from src.cli.quoting import key_of, quoted, resume_override
-from src.cli.resume import split_overrides
+from src.cli.quoting import key_of, quoted, resume_override, split_overrides
 from src.cli.sweep import KEY, write_sweep
 from src.files import read_json, remove_folder, write_json
 from src.runs import launch, processes

@@ -9,9 +9,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.checkpoint.pickles import is_in_parts
 from src.cli.latest import latest_run, requeued_run, with_latest_weights, without_hydra
 from src.cli.overrides import CONF, compose
-from src.cli.quoting import as_meant, command_line, key_of, quoted
+from src.cli.quoting import command_line, key_of, quoted, split_overrides
 from src.interop.locate import run_folder
 from src.runs.record import is_signed, read_record
 
@@ -80,7 +81,7 @@ def _from_checkpoint(overrides: list[str]) -> list[str]:
         return overrides
     asked = f"ckpt_path={given[-1]}"
     path = latest_run("ckpt_path") if given[-1] == "latest" else Path(given[-1])
-    if path.is_dir():
+    if path.is_dir() and not is_in_parts(path):
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         found = sorted(folder.glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime))
         if not found:
@@ -151,10 +152,3 @@ def _targets(cfg: DictConfig | ListConfig) -> list[str]:
         elif isinstance(node, list):
             nodes += node
     return found
-
-
-def split_overrides(overrides: list[str], key: str) -> tuple[list[str], list[str], list[str]]:
-    """Hydra's own flags, the overrides except those of ``key``, and the values that ``key`` was given."""
-    flags = [override for override in overrides if "=" not in override and not override.startswith("~")]
-    rest = [override for override in overrides if override not in flags and key_of(override) != key]
-    return flags, rest, [as_meant(one.split("=", 1)[-1]) for one in overrides if key_of(one) == key]

@@ -18,8 +18,8 @@ from yaml import YAMLError
 
 from src.cli import app
 from src.cli.overrides import compose
-from src.cli.quoting import key_of, quoted
-from src.cli.resume import COMMAND, overrides_in, resumed_overrides, split_overrides
+from src.cli.quoting import key_of, quoted, split_overrides
+from src.cli.resume import COMMAND, overrides_in, resumed_overrides
 from src.files import read_json, remove_folder, write_json
 from src.runs.compare import ComparedRun, figure_of, jobs_of, read_run, rows_of
 from src.runs.record import is_signed, signature

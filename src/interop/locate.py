@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from src.checkpoint.pickles import is_checkpoint, is_in_parts
+
 # Repositories of the Hugging Face hub, each pinned to a commit.
 HUB = {
     "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
@@ -40,7 +42,7 @@ def locate(weights: str, key: str = "weights") -> Source:
         raise ValueError(f"{key} is empty; use {key}=<run folder> or {key}=gpt2")
     path = Path(os.path.expanduser(weights))
     try:
-        if path.is_file():
+        if is_checkpoint(path):
             return Source("openai", path.with_suffix("")) if path.suffix == ".index" else Source("file", path)
         if path.is_dir():
             return _folder(path, key)
@@ -62,7 +64,7 @@ def run_folder(weights: str) -> Path | None:
     they do not belong to a run."""
     path = Path(os.path.expanduser(weights)).absolute()
     try:
-        folder = path if path.is_dir() else path.parent
+        folder = path if path.is_dir() and not is_in_parts(path) else path.parent
         folder = folder.parent if folder.name == "checkpoints" else folder
         return folder if path.exists() and (folder / "run.json").is_file() else None
     except OSError:

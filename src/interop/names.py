@@ -140,3 +140,10 @@ def listed(names: list[str]) -> str:
     """The first few of ``names``, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(name[:100] for name in names[:SHOWN]) + more
+
+
+def assign(net: GPT, weights: dict[str, Tensor]) -> None:
+    """Make ``weights`` the parameters of ``net``, without a copy."""
+    net.load_state_dict(weights, assign=True)
+    if net.config.tie_weights:
+        net.head.weight = net.tok_emb.weight

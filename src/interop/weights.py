@@ -1,5 +1,6 @@
 """``weights=``: a model from any of the sources that hold one, and into a file of our own."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.find import newest_good_checkpoint
-from src.checkpoint.storage import DamagedError, printable, read_sealed, write_sealed
+from src.checkpoint.parts import WEIGHTS, read_checkpoint_of
+from src.checkpoint.storage import DamagedError, printable, write_sealed
 from src.interop.book import is_book, read_book
 from src.interop.hub import fetch
 from src.interop.huggingface import read_huggingface
 from src.interop.locate import locate
-from src.interop.names import empty_model, to_ours
+from src.interop.names import assign, empty_model, to_ours
 from src.interop.openai import read_openai
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
@@ -25,6 +27,7 @@ from src.tokenizer.table import FILE, to_json
 log = logging.getLogger(__name__)
 
 LONGEST_REASON = 500  # characters
+_read = functools.partial(read_checkpoint_of, unsealed=True, kinds=(WEIGHTS,))
 
 
 def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -63,7 +66,7 @@ def read_model(weights: str | Path, key: str = "weights") -> Model:
             return Model(*read_openai(path), gpt2_tokenizer(), {})
         if kind == "file" and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")):
             return Model(*read_huggingface(path.parent, path.name), _tokenizer_beside(path.parent), {})
-        path, content = _checkpoint_of(path, key) if kind == "run" else (path, read_sealed(path, key, unsealed=True))
+        path, content = _checkpoint_of(path, key) if kind == "run" else (path, _read(path, key))
         found = _model_in(content, path)
         own = tokenizer_in(content) if "tokenizer" in content else _tokenizer_beside(path.parent)  # of a book's export
         return Model(*found, own, _run_in(content))
@@ -87,18 +90,15 @@ def build(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     """A model with copies of ``weights``; no random weights are drawn first."""
     net = empty_model(config)
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    net.load_state_dict(copies, assign=True)
-    if config.tie_weights:
-        net.head.weight = net.tok_emb.weight
+    assign(net, copies)
     return net
 
 
 def save_weights(net: GPT, path: str | Path, tokenizer: tiktoken.Encoding | None = None) -> None:
     """Write the weights of ``net``, its config and its ``tokenizer``, without an optimizer: plain containers and
     tensors."""
-    table = tokenizer and to_json(tokenizer)
-    content = {"config": net.config.model_dump(mode="json"), "state_dict": net.state_dict(), "tokenizer": table}
-    write_sealed(content, Path(path))
+    content = {"config": net.config.model_dump(mode="json"), WEIGHTS: net.state_dict()}
+    write_sealed({**content, "tokenizer": tokenizer and to_json(tokenizer)}, Path(path))
 
 
 def tokenizer_in(checkpoint: Any) -> tiktoken.Encoding:
@@ -118,12 +118,12 @@ def _tokenizer_beside(folder: Path) -> tiktoken.Encoding:
 def _checkpoint_of(folder: Path, key: str) -> tuple[Path, dict[str, Any]]:
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     best = checkpoints / "best.ckpt"
-    if best.is_file():
+    if best.exists():
         try:
-            return best, read_sealed(best, key, unsealed=True)
+            return best, _read(best, key)
         except DamagedError as error:
             log.warning("%s", str(error).split("; use ")[0])
-    found = newest_good_checkpoint(checkpoints, unsealed=True)
+    found = newest_good_checkpoint(checkpoints, unsealed=True, kinds=(WEIGHTS,))
     if found is None:
         raise ValueError(f"{key}={folder} has no checkpoint that can be read; use {key}=<another run folder>")
     log.info("reading %s", printable(found[0]))
@@ -145,10 +145,10 @@ def _model_in(content: Any, path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
             config = GPTConfig(**content["hyper_parameters"]["model"])
             if "averaging" in content:
                 log.info("using the averaged weights in %s", printable(path))
-            kept = content.get("averaging", content)["state_dict"]
+            kept = content.get("averaging", content)[WEIGHTS]
             tensors = {name.removeprefix("net."): value for name, value in kept.items()}
         elif "config" in content:
-            config, tensors = GPTConfig(**content["config"]), content["state_dict"]
+            config, tensors = GPTConfig(**content["config"]), content[WEIGHTS]
         else:
             tensors = content.get("model_state_dict", content)
             tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}

@@ -13,11 +13,14 @@ from src.model.cache import KVCache
 from src.model.gpt import GPT
 
 
-def compile_training(net: GPT) -> None:
-    """Let ``torch.compile`` compile the forward pass of training, in place.
+def compile_training(net: GPT, by_block: bool = False) -> None:
+    """Let ``torch.compile`` compile the forward pass of training, in place; one graph for all blocks ``by_block``,
+    between which a sharded model gathers weights.
 
     Names of parameters stay. Evaluation and decoding, whose shapes change, are not compiled.
     """
+    for block in net.blocks if by_block else ():
+        _extend(block, CompiledBlock)
     _extend(net, CompiledTraining)
 
 
@@ -30,9 +33,17 @@ def recompute_activations(net: GPT) -> None:
 class CompiledTraining(GPT):
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         plain = super().hidden_states
-        if cache is not None or not torch.is_grad_enabled():
+        if cache is not None or not torch.is_grad_enabled() or isinstance(self.blocks[0], CompiledBlock):
             return plain(tokens, cache)
         return compiled(plain.__func__)(self, tokens)
+
+
+class CompiledBlock(Block):
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        plain = super().forward
+        if cache is not None or not torch.is_grad_enabled():
+            return plain(x, cache, layer)
+        return compiled(plain.__func__)(self, x)
 
 
 class RecomputedBlock(Block):

@@ -62,8 +62,8 @@ class GPT(nn.Module):
         return self.final_norm(x)  # (B, T, C)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw every parameter anew, in the order of the forward pass.
+    def init_weights(self, part: nn.Module | None = None) -> None:
+        """Draw every parameter, or those of ``part`` only, anew, in the order of the forward pass.
 
         ==========================  =======================================  ==============================
         parameter                   ``init=gpt2``                            ``init=torch``
@@ -75,8 +75,10 @@ class GPT(nn.Module):
         layer norms                 scale 1, shift 0                         scale 1, shift 0
         ==========================  =======================================  ==============================
         """
-        tied = self.config.tie_weights
+        tied, drawn = self.config.tie_weights, set((part or self).modules())
         for name, module in self.named_modules():
+            if module not in drawn:
+                continue
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, nn.Embedding | nn.Linear) and not (tied and module is self.head):

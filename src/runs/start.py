@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from src.checkpoint.find import good_checkpoint, make_last, newest_good_checkpoint, read_checkpoint
 from src.data.config import TokenizerConfig
 from src.data.tokenizers import describes
+from src.interop.names import assign
 from src.interop.weights import read_model, tokenizer_in
 from src.model.config import GPTConfig
 from src.runs import processes
@@ -95,7 +96,9 @@ class Start:
 
     def load_weights(self, module: PretrainingModule) -> None:
         """Give ``module`` the weights that the run starts from; a checkpoint is restored by the Trainer."""
-        if self.weights is not None:
+        if self.weights is not None and module.net.tok_emb.weight.is_meta:  # to be sharded
+            assign(module.net, self.weights)
+        elif self.weights is not None:
             module.net.load_state_dict(self.weights)
 
     def take_over(self, folder: Path) -> None:
@@ -183,7 +186,7 @@ def _shared(look: Callable[[], tuple[Path, dict[str, Any]] | None]) -> tuple[Pat
     path = processes.from_rank_zero(lambda: looked.append(look()) or (looked[0] and str(looked[0][0])))
     if looked:
         return looked[0]
-    return (Path(path), read_checkpoint(Path(path))) if path else None
+    return (Path(path), read_checkpoint(Path(path), verify=False)) if path else None
 
 
 def _check_tokenizer(

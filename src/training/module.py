@@ -161,7 +161,8 @@ class PretrainingModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):  # of FullyShardedStrategy
-            shard(self.net, self.device_mesh["data_parallel"])
+            torch.manual_seed(self.seed)
+            shard(self.net, self.device_mesh["data_parallel"], str(self.trainer.precision))
 
     def on_train_start(self) -> None:
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler

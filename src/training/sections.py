@@ -120,9 +120,11 @@ class EvalConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When ``last.ckpt`` is written besides the end of the run: every so many steps, every so many minutes, or both."""
+    """When ``last.ckpt`` is written besides the end of the run: every so many steps, every so many minutes, or both;
+    and whether the ranks of a sharded model write it in parts."""
 
     section: ClassVar[str] = "checkpoint"
 
     every_steps: int | None = Field(default=None, gt=0)
     every_minutes: float | None = Field(default=10.0, gt=0, examples=[None])
+    in_parts: bool | None = None

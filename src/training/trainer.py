@@ -23,7 +23,7 @@ from src.training.config import TrainConfig
 from src.training.evaluation import NEVER, EvaluationSchedule
 from src.training.finite_guard import FiniteGuard
 from src.training.module import PretrainingModule
-from src.training.sharded import FullyShardedStrategy
+from src.training.strategy import FullyShardedStrategy
 
 IGNORED_WARNINGS = (
     ".*does not have many workers.*",
@@ -63,13 +63,14 @@ def build_trainer(
         options["check_val_every_n_epoch"] = 1  # a share of an epoch, as in Lightning
     checkpoints: list[Callback] = []
     if options["enable_checkpointing"]:
-        checkpoints = [RunCheckpoints(folder / "checkpoints", **dict(config.checkpoint), interruption=interruption)]
+        times = config.checkpoint.model_dump(exclude={"in_parts"})
+        checkpoints = [RunCheckpoints(folder / "checkpoints", **times, interruption=interruption)]
     accelerator = pick_accelerator(options["accelerator"])
     options["precision"] = options["precision"] or pick_precision(accelerator)
     options["max_epochs"] = config.trainer.epochs
     options["enable_progress_bar"] = False  # callbacks.console draws one over the whole run
     if options["strategy"] == "fsdp":
-        options["strategy"] = FullyShardedStrategy(world_size)
+        options["strategy"] = FullyShardedStrategy(world_size, config.checkpoint.in_parts)
     elif options["strategy"] == "ddp" or world_size > 1:
         options["strategy"] = DDPStrategy(gradient_as_bucket_view=True)  # without: each gradient in memory twice
     options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
@@ -85,17 +86,25 @@ def build_trainer(
 
 
 def build_module(
-    config: TrainConfig, device: str, total_steps: float | None = None, skip_batches: tuple[int, ...] = ()
+    config: TrainConfig,
+    device: str,
+    total_steps: float | None = None,
+    skip_batches: tuple[int, ...] = (),
+    sharded: bool = False,
 ) -> PretrainingModule:
-    """The module of ``config``, to be trained on ``device``; its parameters are drawn from ``config.seed``."""
+    """The module of ``config``, to be trained on ``device``; its parameters are drawn from ``config.seed``, and only
+    when they are ``sharded`` where they will be."""
     torch.manual_seed(config.seed)
-    module = PretrainingModule(config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches)
+    with torch.device("meta" if sharded else "cpu"):
+        module = PretrainingModule(
+            config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches
+        )
     if config.kernels == "fast":
         use_fast_kernels(module.net, device)
     if config.activation_checkpointing:
         recompute_activations(module.net)
     if config.compile:
-        compile_training(module.net)
+        compile_training(module.net, by_block=sharded)
     return module
 
 
