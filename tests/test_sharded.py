@@ -160,6 +160,6 @@ def test_sharded_models_start_without_weights():
 
 
 def test_parts_are_for_sharded_models():
-    with pytest.raises(ValueError, match=r"checkpoint\.in_parts=true is for sharded models; use trainer=fsdp, or"):
+    with pytest.raises(ValueError, match=r"checkpoint\.in_parts=true is for sharded models; use trainer=fsdp or"):
         check(cli.compose("train", ["checkpoint.in_parts=true"]))
     check(cli.compose("train", ["checkpoint.in_parts=true", "trainer=fsdp"]))

@@ -139,7 +139,7 @@ class TrainConfig(Config):
         if self.callbacks.get("ema") and self.trainer.strategy == "fsdp":
             found.append("callbacks=ema does not average sharded weights; use trainer=ddp, or ~callbacks.ema")
         if self.checkpoint.in_parts and self.trainer.strategy != "fsdp":
-            found.append("checkpoint.in_parts=true is for sharded models; use trainer=fsdp, or checkpoint.in_parts=null")
+            found.append("checkpoint.in_parts=true is for sharded models; use trainer=fsdp or checkpoint.in_parts=null")
         return found + [
             f"{group}.{name}={node} has no _target_ to build; use ~{group}.{name}"
             for group in ("callbacks", "logger")
