@@ -100,6 +100,28 @@ def test_nothing_is_read_twice_within_the_window(net, monkeypatch, options):
     assert read == [(2, 5)] + [(6, 1)] * 11
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_decoding_never_uses_cudnns_attention_and_evaluation_may(net, monkeypatch, enabled):
+    tokens, states, seen = torch.zeros(1, 5, dtype=torch.int64), net.hidden_states, []
+
+    def watched(tokens, cache=None):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return states(tokens, cache)
+
+    monkeypatch.setattr(net, "hidden_states", watched)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        for _ in decode(net, tokens, 3):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        beam_search(net, tokens, 3)
+        assert seen == [False] * 6
+        with evaluating(net):
+            net(tokens)
+        assert seen[-1] == torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def test_own_generator_decides_and_mode_and_gradients_are_given_back(net):
     tokens = torch.zeros(2, 3, dtype=torch.int64)
 

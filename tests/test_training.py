@@ -363,6 +363,15 @@ def test_compiled_training_is_the_same_but_for_rounding_and_leaves_no_trace_in_c
     assert keys[0] == keys[1]
 
 
+def test_attention_flash_trains_without_cudnn(tiny_run, at_batch):
+    """And the next run in this process has its own choice."""
+    allowed = []
+    for attention in "flash", "auto":
+        at_batch(1, lambda module: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        tiny_run(f"attention={attention}", "trainer.max_steps=2", *FAST)
+    assert allowed == [False, True]
+
+
 @pytest.mark.parametrize("model", [TINY, ("model=gpt2_tiny", "model.emb_dim=64", "model.n_layers=4")])
 def test_overfitting_brings_the_loss_near_zero_and_stops_there(tiny_run, model):
     run = tiny_run("debug=overfit", "logger=csv", "trainer.max_epochs=null", model=model)

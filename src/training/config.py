@@ -87,6 +87,7 @@ class TrainConfig(Config):
     tokens_per_parameter: float | None = Field(default=None, gt=0, examples=[20])
     auto_batch: bool = Field(default=False, exclude=True)  # data.batch_size=auto, not yet a number
     kernels: Literal["fast", "plain"] = "fast"
+    attention: Literal["auto", "flash"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
     dry_run: Annotated[Literal[False, True, "measure"], BeforeValidator(_as_switch)] = False

@@ -85,6 +85,7 @@ def build_module(
     config: TrainConfig, device: str, total_steps: float | None = None, skip_batches: tuple[int, ...] = ()
 ) -> PretrainingModule:
     """The module of ``config``, to be trained on ``device``; its parameters are drawn from ``config.seed``."""
+    torch.backends.cuda.enable_cudnn_sdp(config.attention == "auto")
     torch.manual_seed(config.seed)
     module = PretrainingModule(config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches)
     if config.kernels == "fast":
