@@ -6,6 +6,8 @@ import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import Calls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from src.generation.beam import beam_search
 from src.generation.config import GenerationConfig, Sampling
@@ -164,6 +166,15 @@ def test_sampling_draws_from_the_filtered_distribution():
     expected[[0, 1, 4]] = torch.softmax(kept / 0.7, dim=0)
     frequency = draws.bincount(minlength=5) / 20000
     torch.testing.assert_close(frequency, expected, atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_choosing_a_token_neither_reads_from_a_gpu_nor_copies_to_it(temperature):
+    sampling = Sampling(temperature=temperature, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    with FakeTensorMode(), Calls() as calls:  # of which reading a number would fail
+        logits, seen = torch.zeros(2, 50, device="cuda"), torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        assert next_token(logits, sampling, seen=seen).device.type == "cuda"
+    assert "aten::argmax" in calls.names and "aten::_to_copy" not in calls.names
 
 
 def test_each_row_may_have_its_own_temperature(net):
