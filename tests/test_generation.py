@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.generation.beam import beam_search
 from src.generation.config import GenerationConfig, Sampling
@@ -175,6 +176,26 @@ def test_choosing_a_token_neither_reads_from_a_gpu_nor_copies_to_it(temperature)
         logits, seen = torch.zeros(2, 50, device="cuda"), torch.zeros(2, 3, dtype=torch.int64, device="cuda")
         assert next_token(logits, sampling, seen=seen).device.type == "cuda"
     assert "aten::argmax" in calls.names and "aten::_to_copy" not in calls.names
+
+
+@pytest.mark.parametrize(("deterministic", "place"), [(False, "cuda"), (True, "cpu")])
+def test_where_top_p_sums(deterministic, place):
+    """PyTorch's documentation of ``use_deterministic_algorithms``: a cumulative sum of floats on a GPU raises."""
+    places = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name() == "aten::cumsum":
+                places.append(args[0].device.type)
+            return func(*args, **kwargs or {})
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with FakeTensorMode(), Sums():
+            logits = filter_logits(torch.zeros(2, 50, device="cuda"), Sampling(temperature=1.0, top_p=0.9))
+        assert places == [place] and logits.device.type == "cuda"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_each_row_may_have_its_own_temperature(net):

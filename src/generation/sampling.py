@@ -28,7 +28,10 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, tokens = logits.sort(dim=-1, descending=True)  # (B, V)
         probabilities = ordered.softmax(dim=-1)
-        left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the likelier ones already reach it
+        # PyTorch refuses a cumulative sum of floats on a GPU where algorithms have to be deterministic.
+        place = "cpu" if torch.are_deterministic_algorithms_enabled() else logits.device
+        reached = probabilities.to(place).cumsum(dim=-1).to(logits.device)
+        left_out = reached - probabilities >= sampling.top_p  # the likelier ones already reach it
         logits = logits.masked_fill(left_out.scatter(-1, tokens, left_out), float("-inf"))
     if sampling.min_p:
         probabilities = logits.softmax(dim=-1)

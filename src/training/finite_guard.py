@@ -61,7 +61,7 @@ class FiniteGuard(Callback):
         if scaler is None:  # with a scaler, such a step is left out and the scale lowered
             finite &= norm.isfinite()
         limit = self.clip_val or math.inf
-        finite, large = torch.stack([finite, norm > limit]).tolist()  # at once: the step's only wait for the device
+        finite, large = torch.stack([finite, norm > limit]).tolist()  # at once: each reading waits for the device
         if not finite:
             self._refuse(trainer, pl_module.step_losses, norm.item(), optimizer.param_groups[0]["lr"])
         self._inputs = []

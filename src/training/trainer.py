@@ -71,6 +71,8 @@ def build_trainer(
         options["strategy"] = FullyShardedStrategy(world_size)
     options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
     options = {"num_sanity_val_steps": 0, "enable_model_summary": False, **options}
+    if options.get("deterministic"):  # then PyTorch would fill each new tensor, gigabytes of logits too, with NaN
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     trainer = Trainer(
         **options, callbacks=[*own, *callbacks, *checkpoints], logger=list(loggers) or False, default_root_dir=folder
     )
