@@ -1,6 +1,6 @@
 """The configuration of a training run as a whole, and the checks between its sections."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -182,7 +182,7 @@ class TrainConfig(Config):
     def with_batch_size(self, size: int) -> "TrainConfig":
         return self.changed(data=self.data.changed(batch_size=size), auto_batch=False)
 
-    def accumulated(self, world_size: int) -> "TrainConfig":
+    def accumulated(self, world_size: int) -> Self:
         """A config with the ``trainer.accumulate_grad_batches`` that makes ``tokens_per_step`` on ``world_size``
         devices.
 
