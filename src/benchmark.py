@@ -44,6 +44,10 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
     if config.tokenizer != TokenizerConfig():
         cure = f"tokenizer=gpt2 model.vocab_size={config.tokenizer.size or '<its tokens>'}"
         found.append(f"tokenizer={config.tokenizer.name} is not measured; use {cure}")
+    try:
+        config = config.accumulated(world_size=1)
+    except ValueError as error:
+        found.append(str(error))
     if found:
         raise ValueError("\n".join(found))
     return config.changed(model=config.model.changed(vocab_size=config.model.vocab_size or SIZES["gpt2"]))

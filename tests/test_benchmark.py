@@ -4,18 +4,24 @@ import json
 import statistics
 import subprocess
 import sys
+from multiprocessing import Pipe
 
 import pytest
 import torch
-from conftest import column
+from conftest import TINY, column
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from src.bench import training
 from src.bench.machine import work
 from src.bench.rivals import Rival
-from src.cli.overrides import CONF
+from src.benchmark import check
+from src.cli.overrides import CONF, compose
+from src.device import matrix_rate
 from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT
+from src.training.module import PretrainingModule
 
 SMALL = GPTConfig(context_length=1024, qkv_bias=True, tie_weights=True)
 
@@ -66,27 +72,76 @@ def test_a_rival_that_fails_is_told_by_its_name(capfd):
     capfd.readouterr()
 
 
+def test_a_measured_step_is_the_configs_optimizer_step(monkeypatch, text):
+    """In the bare loop and in the Trainer: as many batches as make ``tokens_per_step``, and one update."""
+    loss, update, calls = PretrainingModule.loss, torch.optim.AdamW.step, []
+
+    def counted(self, *arguments, **options):
+        calls.append("batch")
+        return loss(self, *arguments, **options)
+
+    def updated(self, *arguments, **options):
+        done = update(self, *arguments, **options)
+        calls.append("update")
+        return done
+
+    monkeypatch.setattr(PretrainingModule, "loss", counted)
+    monkeypatch.setattr(torch.optim.AdamW, "step", updated)
+    overrides = [
+        *TINY,
+        f"data.path={text}",
+        "measure=[training]",
+        "trainer.accelerator=cpu",
+    ]  # batches of 2 x 16 tokens
+    config = check(compose("benchmark", [*overrides, "tokens_per_step=96"]))
+    ours, theirs = Pipe()
+    for request in ("bare", 2), ("trainer", 2), ("phases", 1), None:
+        ours.send(request)
+    training.work(theirs, config, lambda nodes, **options: [])
+    assert ours.recv() == "ready"
+    assert ours.recv() > 0 and ours.recv() > 0
+    (phases,) = ours.recv()
+    assert list(phases) == ["data", "forward", "backward", "optimizer"] and min(phases.values()) > 0
+    assert calls[:20] == 5 * ["batch", "batch", "batch", "update"]
+
+
+def test_the_matrix_rate_is_of_random_numbers_that_are_not_the_runs_own():
+    state, factors = torch.get_rng_state(), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            factors.extend(args if func.name() == "aten::mm" else ())
+            return func(*args, **kwargs or {})
+
+    with Products():
+        assert matrix_rate("cpu", torch.float32, 128) > 0
+    assert factors and all(abs(factor.std().item() - 1) < 0.02 for factor in factors)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.slow
 def test_everything_at_once(tmp_path, text):
     output = tmp_path / "figures.json"
     overrides = ["model=gpt2_tiny", "rounds=2", "steps=2", "new_tokens=8", "peers=[transformers]"]
+    overrides += ["trainer.accumulate_grad_batches=2"]
     overrides += ["measure=[training,generation,preparation]", f"source={text}", f"output={output}"]
     command = [sys.executable, "-m", "src.benchmark", *overrides, "trainer.accelerator=cpu"]
     run = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     found = json.loads(output.read_text())
-    training, generation, preparation = (found[key] for key in ("training", "generation", "preparation"))
-    assert set(training["tokens_per_second"]) == {"bare loop", "Trainer", "transformers"}
-    assert all(len(turns) == 2 and min(turns) > 0 for turns in training["tokens_per_second"].values())
+    trained, generation, preparation = (found[key] for key in ("training", "generation", "preparation"))
+    assert set(trained["tokens_per_second"]) == {"bare loop", "Trainer", "transformers"}
+    assert all(len(turns) == 2 and min(turns) > 0 for turns in trained["tokens_per_second"].values())
     flops = flops_per_token(GPTConfig(**found["config"]["model"]), 64)
-    bare = statistics.median(training["tokens_per_second"]["bare loop"])
-    assert training["mfu"] == pytest.approx(bare * flops / training["matrix_flops"])
-    assert set(training["seconds_of_a_step"]) == {"data", "forward", "backward", "optimizer"}
-    assert min(training["peak_memory"].values()) > 1e8
+    bare = statistics.median(trained["tokens_per_second"]["bare loop"])
+    assert trained["mfu"] == pytest.approx(bare * flops / trained["matrix_flops"])
+    assert set(trained["seconds_of_a_step"]) == {"data", "forward", "backward", "optimizer"}
+    assert min(trained["peak_memory"].values()) > 1e8
     assert set(generation["share_of_read_rate"]) == {"float32", "bfloat16"}
     assert set(preparation["bytes_per_second"]) == {"this project", "tiktoken"}
-    ratio = bare / statistics.median(training["tokens_per_second"]["transformers"])
+    ratio = bare / statistics.median(trained["tokens_per_second"]["transformers"])
     assert f"we: {ratio:.2f} x" in run.stdout
+    assert "training, steps of 2 micro-batches of 2 windows of 64 tokens" in run.stdout
     assert not (tmp_path / "outputs").exists()
 
 
@@ -95,6 +150,7 @@ BAD = {
     "measure=[]": "'measure=[\"training\"]'",
     "peers=[nanogpt]": "'peers=[\"book\"]'",
     "rounds=0": "rounds=5",
+    "tokens_per_step=1000": "use tokens_per_step=1024",
     "new_tokens=1000": "new_tokens=248",
     "measure=[preparation]": "source=<a txt",
     "source=nowhere.txt": "source=nowhere.txt does not exist",

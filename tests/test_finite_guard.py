@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import column
+from conftest import FAST, column
+from test_kernels import Calls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from src.checkpoint.find import read_checkpoint
-from src.training.finite_guard import NonFiniteError
+from src.training.finite_guard import FiniteGuard, NonFiniteError
+from src.training.module import PretrainingModule
 
 COMMON = ("callbacks=none", "data.batch_size=4", "checkpoint.every_steps=2", "eval.every_steps=5")
 
@@ -48,6 +51,30 @@ PLACES = {
     "norm nan": through_weight(math.nan, "final_norm.weight"),
     "position inf": through_weight(math.inf, "pos_emb.weight"),
 }
+
+
+def test_a_step_reads_its_numbers_from_the_device_at_once(tiny_run, monkeypatch):
+    check, seen = FiniteGuard.on_before_optimizer_step, set()
+
+    def watched(self, *arguments):
+        with Calls() as calls:
+            check(self, *arguments)
+        seen.update(calls.names)
+
+    monkeypatch.setattr(FiniteGuard, "on_before_optimizer_step", watched)
+    tiny_run("trainer.max_steps=2", "trainer.gradient_clip_val=0.01", *FAST)
+    assert "aten::_foreach_mul_.Tensor" in seen  # clipped
+    assert "aten::_local_scalar_dense" not in seen  # the value of a single tensor
+
+
+def test_numbers_are_logged_without_copying_them_to_the_device(tiny, monkeypatch):
+    module, logged = PretrainingModule(tiny), {}
+    monkeypatch.setattr(PretrainingModule, "device", torch.device("cuda"))
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    with FakeTensorMode(), Calls() as calls:
+        module.log_exactly(step=3, lr=6e-4)
+    assert calls.names == {"aten::full"}
+    assert {(value.device.type, value.dtype) for value in logged.values()} == {("cuda", torch.float64)}
 
 
 @pytest.mark.parametrize("place", PLACES)

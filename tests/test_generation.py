@@ -6,6 +6,9 @@ import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import Calls
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.generation.beam import beam_search
 from src.generation.config import GenerationConfig, Sampling
@@ -100,6 +103,28 @@ def test_nothing_is_read_twice_within_the_window(net, monkeypatch, options):
     assert read == [(2, 5)] + [(6, 1)] * 11
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_decoding_never_uses_cudnns_attention_and_evaluation_may(net, monkeypatch, enabled):
+    tokens, states, seen = torch.zeros(1, 5, dtype=torch.int64), net.hidden_states, []
+
+    def watched(tokens, cache=None):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return states(tokens, cache)
+
+    monkeypatch.setattr(net, "hidden_states", watched)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        for _ in decode(net, tokens, 3):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        beam_search(net, tokens, 3)
+        assert seen == [False] * 6
+        with evaluating(net):
+            net(tokens)
+        assert seen[-1] == torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def test_own_generator_decides_and_mode_and_gradients_are_given_back(net):
     tokens = torch.zeros(2, 3, dtype=torch.int64)
 
@@ -142,6 +167,35 @@ def test_sampling_draws_from_the_filtered_distribution():
     expected[[0, 1, 4]] = torch.softmax(kept / 0.7, dim=0)
     frequency = draws.bincount(minlength=5) / 20000
     torch.testing.assert_close(frequency, expected, atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_choosing_a_token_neither_reads_from_a_gpu_nor_copies_to_it(temperature):
+    sampling = Sampling(temperature=temperature, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    with FakeTensorMode(), Calls() as calls:  # of which reading a number would fail
+        logits, seen = torch.zeros(2, 50, device="cuda"), torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        assert next_token(logits, sampling, seen=seen).device.type == "cuda"
+    assert "aten::argmax" in calls.names and "aten::_to_copy" not in calls.names
+
+
+@pytest.mark.parametrize(("deterministic", "place"), [(False, "cuda"), (True, "cpu")])
+def test_where_top_p_sums(deterministic, place):
+    """PyTorch's documentation of ``use_deterministic_algorithms``: a cumulative sum of floats on a GPU raises."""
+    places = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name() == "aten::cumsum":
+                places.append(args[0].device.type)
+            return func(*args, **kwargs or {})
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with FakeTensorMode(), Sums():
+            logits = filter_logits(torch.zeros(2, 50, device="cuda"), Sampling(temperature=1.0, top_p=0.9))
+        assert places == [place] and logits.device.type == "cuda"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_each_row_may_have_its_own_temperature(net):

@@ -1,12 +1,14 @@
 """Each kernel computes what the plain operation does that it takes the place of."""
 
 import copy
+import functools
 import math
 import shutil
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,9 +19,12 @@ from src.kernels.dropout import FastDropout
 from src.kernels.install import can_fuse_loss, pack_for_decoding, use_fast_kernels
 from src.kernels.loss import fused_loss, head_and_loss
 from src.kernels.onednn import FastLinear, ReorderedLinear
-from src.kernels.training import compile_training, recompute_activations
+from src.kernels.training import compile_training, compiled, recompute_activations
 from src.model.config import GPTConfig
 from src.model.gpt import GPT
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+BOTH_FORMS = pytest.mark.parametrize("compiling", [False, pytest.param(True, marks=needs_compiler)])
 
 
 def build(config: GPTConfig, **changes) -> GPT:
@@ -47,6 +52,45 @@ def test_value_and_gradients_in_float32(monkeypatch, reduction, rows):
     expected, found = (both(f, hidden, head, targets, reduction, scale=0.25) for f in (plain, head_and_loss))
     for want, got in zip(expected, found, strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_both_forms_are_cross_entropy_in_float64(monkeypatch, compiling, reduction):
+    def exact(hidden, head, targets, reduction):
+        logits = hidden.double() @ head.double().T
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction).float()
+
+    for name in "ROWS", "COMPILED_ROWS":
+        monkeypatch.setattr(loss_module, name, 5)  # 5, 5 and 2 rows
+    hidden, head, targets = torch.randn(2, 6, 16), torch.randn(31, 16), torch.randint(0, 31, (2, 6))
+    targets[0, 1:4] = -100
+    expected = both(exact, hidden, head, targets, reduction)
+    found = both(functools.partial(head_and_loss, compiling=compiling), hidden, head, targets, reduction)
+    for want, got in zip(expected, found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_the_compiled_form_stores_nothing_of_the_size_of_the_logits_but_the_gradient():
+    logits, targets = torch.randn(64, 997, dtype=torch.bfloat16), torch.randint(0, 997, (64,))
+    _, (code,) = run_and_get_code(compiled(loss_module._fused_losses), logits, targets, True)
+    assert "empty_strided_cpu((64, 1), " in code
+    assert "empty_strided_cpu((64, 997), " not in code
+
+
+@BOTH_FORMS
+def test_the_gradient_of_a_rare_token_survives_float16(compiling):
+    """Its probability of 1e-8 is below float16's smallest number, 6e-8."""
+    hidden, head, targets = torch.randn(2, 6, 16).half().float(), torch.zeros(31, 16), torch.randint(8, 31, (2, 6))
+    hidden[..., 0], head[7, 0] = 1, -15
+    exact = both(head_and_loss, hidden, head, targets, "mean")
+    with torch.autocast("cpu", torch.float16):
+        compute = functools.partial(head_and_loss, compiling=compiling)
+        _, *found = both(compute, hidden, head, targets, "mean", scale=2.0**16)  # as a GradScaler does
+    assert 0 < exact[2][7].abs().max() < 6e-8
+    for want, got in (exact[1], found[0]), (exact[2], found[1]), (exact[2][7], found[1][7]):
+        assert (got / 2**16 - want).norm() < 1e-2 * want.norm()
 
 
 def test_the_same_roundings_under_autocast():
@@ -353,7 +397,7 @@ def test_plain_kernels_train_to_the_same_losses(tiny_run):
         tiny_run("kernels=slow")
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+@needs_compiler
 def test_compiled_training_is_the_plain_one_but_for_rounding(tiny):
     """With the other kernels and with activations computed again."""
     net, tokens = build(tiny), torch.randint(tiny.vocab_size, (2, 17))

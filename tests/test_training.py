@@ -363,6 +363,32 @@ def test_compiled_training_is_the_same_but_for_rounding_and_leaves_no_trace_in_c
     assert keys[0] == keys[1]
 
 
+def test_a_deterministic_run_is_so_when_compiled_and_fills_no_memory(tiny_run, at_batch):
+    def look(module):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch._inductor.config.deterministic
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        seen.append(module)
+
+    seen = []
+    at_batch(1, look)
+    try:
+        tiny_run("trainer.deterministic=true", "trainer.max_steps=2", *FAST)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert seen
+
+
+def test_attention_flash_trains_without_cudnn(tiny_run, at_batch):
+    """And the next run in this process has its own choice."""
+    allowed = []
+    for attention in "flash", "auto":
+        at_batch(1, lambda module: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        tiny_run(f"attention={attention}", "trainer.max_steps=2", *FAST)
+    assert allowed == [False, True]
+
+
 @pytest.mark.parametrize("model", [TINY, ("model=gpt2_tiny", "model.emb_dim=64", "model.n_layers=4")])
 def test_overfitting_brings_the_loss_near_zero_and_stops_there(tiny_run, model):
     run = tiny_run("debug=overfit", "logger=csv", "trainer.max_epochs=null", model=model)

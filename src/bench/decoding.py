@@ -15,15 +15,16 @@ from src.model.gpt import GPT
 
 
 def work(connection: Connection, config: GPTConfig, prompt: Tensor, device: str) -> None:
-    """A rival that answers a number of new tokens and a dtype with the seconds that greedy decoding takes."""
+    """A rival that answers a number of new tokens, a dtype and whether to record a CUDA graph with the seconds that
+    greedy decoding takes."""
     torch.manual_seed(0)
     nets = {dtype: GPT(config).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
     for net in nets.values():
         pack_for_decoding(net)
 
-    def run(new_tokens: int, dtype: torch.dtype) -> float:
+    def run(new_tokens: int, dtype: torch.dtype, cuda_graph: bool = False) -> float:
         tokens = prompt.to(device)
-        return seconds_of(lambda: generate(nets[dtype], tokens, new_tokens), device)
+        return seconds_of(lambda: generate(nets[dtype], tokens, new_tokens, cuda_graph=cuda_graph), device)
 
     serve(connection, run)
 

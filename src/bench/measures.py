@@ -24,13 +24,13 @@ Built = Callable[..., list[Any]]  # makes objects of nodes with a _target_
 def measure_training(config: BenchmarkConfig, device: str, precision: str, built: Built) -> dict[str, Any]:
     """Tokens per second of our Trainer, of a bare loop over the same model, and of the peers; the phases of a step; the
     share of the machine's matrix products; peak memory."""
-    length, steps = config.context_length, config.steps
-    tokens = steps * config.data.batch_size * length
+    length, steps, accumulate = config.context_length, config.steps, config.trainer.accumulate_grad_batches
+    tokens = steps * accumulate * config.data.batch_size * length
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if precision[:2] == "16" else torch.float32
     ours = Rival(OURS, training.work, config, built)
     batches = _batches(config) if config.peers else None
     others = {
-        name: Rival(name, peers.train, name, config.model, batches, config.peers_precision, device)
+        name: Rival(name, peers.train, name, config.model, batches, accumulate, config.peers_precision, device)
         for name in config.peers
     }
     hardware = Rival(MACHINE, machine.work, device, dtype)
@@ -51,7 +51,8 @@ def measure_training(config: BenchmarkConfig, device: str, precision: str, built
     flops = flops_per_token(config.model, length)
     known = peak_flops(device_name(torch.device(device))) if dtype == torch.bfloat16 else None
 
-    _title(f"training, {config.data.batch_size} windows of {length} tokens, dropout {config.model.drop_rate:g}")
+    batches_per_step = f"{accumulate} micro-batch{'es' * (accumulate > 1)} of {config.data.batch_size} windows"
+    _title(f"training, steps of {batches_per_step} of {length} tokens, dropout {config.model.drop_rate:g}")
     _row(f"bare loop, {precision}", f"{_spread(figures['bare loop'])} tokens/s")
     ratio = medians["Trainer"] / best
     _row(f"Trainer, {precision}", f"{_spread(figures['Trainer'])} tokens/s   of the bare loop {ratio:.3f}")
@@ -85,7 +86,8 @@ def measure_generation(config: BenchmarkConfig, device: str, precision: str, bui
     model, new_tokens = config.model, config.new_tokens
     prompt = torch.arange(PROMPT).unsqueeze(0)  # (1, T)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    rivals = {OURS: Rival(OURS, decoding.work, model, prompt, device)}
+    ours = Rival(OURS, decoding.work, model, prompt, device)
+    rivals = {OURS: ours}
     for name in config.peers:
         if name != "litgpt":
             rivals[name] = Rival(name, peers.generate, name, model, prompt, device)
@@ -95,6 +97,9 @@ def measure_generation(config: BenchmarkConfig, device: str, precision: str, bui
         for kind, dtype in dtypes.items():
             if name != "book" or kind == "float32":
                 turns[f"{name}, {kind}"] = lambda rival=rival, dtype=dtype: new_tokens / rival(new_tokens, dtype)
+    if device == "cuda":
+        for kind, dtype in dtypes.items():
+            turns[f"{OURS}, {kind}, CUDA graph"] = lambda dtype=dtype: new_tokens / ours(new_tokens, dtype, True)
     turns["read rate"] = lambda: hardware("read")
     figures = in_turn(turns, config.rounds)
     memory = _memory(rivals)
@@ -105,9 +110,9 @@ def measure_generation(config: BenchmarkConfig, device: str, precision: str, bui
     _title(f"generation, {new_tokens} tokens after {PROMPT}, one text, greedy")
     shares = {}
     for name, values in figures.items():
-        who, kind = name.split(", ")
+        who, kind = name.split(", ", 1)
         if who == OURS:
-            shares[kind] = medians[name] * decoding.bytes_per_token(model, dtypes[kind]) / rate
+            shares[kind] = medians[name] * decoding.bytes_per_token(model, dtypes[kind.split(",")[0]]) / rate
             more = f"   {shares[kind]:.2f} of the read rate"
         else:
             more = f"   we: {medians[f'{OURS}, {kind}'] / medians[name]:.2f} x"
@@ -150,13 +155,9 @@ def _batches(config: BenchmarkConfig) -> Tensor:
     return torch.stack([torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in batches])
 
 
-def _phases(turns: list[list[list[float]]]) -> dict[str, float]:
-    """The median seconds of each phase of a step, from the moments at which the phases of each step ended."""
-    steps = [step for turn in turns for step in turn]
-    return {
-        phase: statistics.median(step[number + 1] - step[number] for step in steps)
-        for number, phase in enumerate(training.PHASES)
-    }
+def _phases(turns: list[list[dict[str, float]]]) -> dict[str, float]:
+    """The median seconds of each phase of a step."""
+    return {phase: statistics.median(step[phase] for turn in turns for step in turn) for phase in training.PHASES}
 
 
 def _memory(rivals: dict[str, Rival]) -> dict[str, int]:

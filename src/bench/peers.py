@@ -14,8 +14,17 @@ from src.device import seconds_of
 from src.model.config import GPTConfig
 
 
-def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor, precision: str, device: str) -> None:
-    """A rival that answers a number of steps with their seconds; ``batches`` ``(N, B, T + 1)`` are repeated.
+def train(
+    connection: Connection,
+    peer: str,
+    config: GPTConfig,
+    batches: Tensor,
+    accumulate: int,
+    precision: str,
+    device: str,
+) -> None:
+    """A rival that answers a number of steps of ``accumulate`` batches with their seconds; ``batches``
+    ``(N, B, T + 1)`` are repeated.
 
     The book's loop neither clips nor fuses AdamW; transformers' Trainer does both; litgpt clips.
     """
@@ -27,13 +36,14 @@ def train(connection: Connection, peer: str, config: GPTConfig, batches: Tensor,
     endless = itertools.cycle(batches)
 
     def run(steps: int) -> None:
-        for batch in itertools.islice(endless, steps):
-            batch = batch.to(device)
+        for _ in range(steps):
             optimizer.zero_grad()
-            with mixed:
-                logits = logits_of(batch[:, :-1])  # (B, T, V)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-            loss.backward()
+            for batch in itertools.islice(endless, accumulate):
+                batch = batch.to(device)
+                with mixed:
+                    logits = logits_of(batch[:, :-1])  # (B, T, V)
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+                (loss / accumulate).backward()
             if peer != "book":
                 torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()

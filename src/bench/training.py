@@ -24,10 +24,9 @@ PHASES = ("data", "forward", "backward", "optimizer")
 def work(connection: Connection, config: BenchmarkConfig, built: Callable[..., list[Any]]) -> None:
     """A rival: our Trainer with the callbacks and loggers that ``built`` makes of the config's nodes and, between its
     steps, our bare loop. See :class:`Pacer` for its requests."""
-    only_steps = config.trainer.changed(
-        max_epochs=-1, max_steps=1_000_000, accumulate_grad_batches=1, enable_checkpointing=False
-    )
-    config = config.changed(trainer=only_steps, eval=config.eval.changed(every_steps=10_000_000))
+    only_steps = config.trainer.changed(max_epochs=-1, max_steps=1_000_000, enable_checkpointing=False)
+    never = config.eval.changed(every_steps=10_000_000)
+    config = config.changed(trainer=only_steps, eval=never, tokens_per_parameter=None)
     with tempfile.TemporaryDirectory() as folder:
         seed_everything(config.seed, verbose=False)
         data = data_of(config)
@@ -42,6 +41,7 @@ def data_of(config: BenchmarkConfig) -> TextDataModule:
     data = TextDataModule(
         tokenizer=config.tokenizer,
         **{**dict(config.data), "context_length": config.context_length, "seed": config.seed},
+        accumulate=config.trainer.accumulate_grad_batches,
     )
     data.prepare_data()
     data.setup()
@@ -53,8 +53,8 @@ class Pacer(Callback):
     whose gradients are clipped to the norm ``clip``.
 
     A request is ``("trainer" | "bare", steps)``, answered with the seconds they took, or ``("phases", steps)``,
-    answered with the start of each step and the moments at which its ``PHASES`` ended. A step is one batch, forward and
-    backward, and an update.
+    answered with the seconds of the ``PHASES`` of each step. A step is an update after the Trainer's
+    ``accumulate_grad_batches`` batches, forward and backward.
     """
 
     def __init__(self, connection: Connection, datamodule: TextDataModule, clip: float) -> None:
@@ -79,41 +79,46 @@ class Pacer(Callback):
         while (request := self.connection.recv()) is not None:
             what, steps = request
             if what == "trainer":
-                self._left = steps - 1
+                self._left = steps * trainer.accumulate_grad_batches - 1
                 synchronize(device)
                 self._started = time.perf_counter()
                 return
+            started = time.perf_counter()
             phases = [self._step(trainer, pl_module, what == "phases") for _ in range(steps)]
             synchronize(device)
-            self.connection.send(phases if what == "phases" else time.perf_counter() - phases[0][0])
+            self.connection.send(phases if what == "phases" else time.perf_counter() - started)
         trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.connection.send(peak_memory())
 
-    def _step(self, trainer: Trainer, pl_module: Any, waiting: bool) -> list[float]:
-        """The moments at which the phases of a step ended, after its start; ``waiting`` for the device at each."""
+    def _step(self, trainer: Trainer, pl_module: Any, waiting: bool) -> dict[str, float]:
+        """The seconds of each phase of a step, if ``waiting`` for the device after each."""
         net, device = pl_module.net, pl_module.device
-        optimizer = trainer.optimizers[0]
-        moments = [time.perf_counter()]
+        optimizer, accumulate = trainer.optimizers[0], trainer.accumulate_grad_batches
+        seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        latest = time.perf_counter()
 
-        def done() -> None:
+        def done(phase: str) -> None:
+            nonlocal latest
             if waiting:
                 synchronize(device.type)
-                moments.append(time.perf_counter())
+                before, latest = latest, time.perf_counter()
+                seconds[phase] += latest - before
 
-        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(self.batches))
-        done()
-        with trainer.precision_plugin.forward_context():
-            loss = pl_module.loss(inputs, targets)
-        done()
-        loss.backward()
-        done()
+        for _ in range(accumulate):
+            inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(self.batches))
+            done("data")
+            with trainer.precision_plugin.forward_context():
+                loss = pl_module.loss(inputs, targets) / accumulate
+            done("forward")
+            loss.backward()
+            done("backward")
         torch.nn.utils.clip_grad_norm_(net.parameters(), self.clip)
         optimizer.step()
         optimizer.zero_grad()
-        done()
-        return moments
+        done("optimizer")
+        return seconds
 
 
 def _endless(datamodule: TextDataModule) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """One step of decoding: from the logits of the last position to the next token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     likeliest token always stays.
     """
     logits = penalise_repetition(logits.float(), sampling.repetition_penalty, seen)
-    temperatures = torch.as_tensor(sampling.temperature, dtype=torch.float32, device=logits.device)
+    given: Any = sampling.temperature  # a number, or (B, 1) of each row; copying a number to a GPU would wait for it
+    temperatures = given if isinstance(given, Tensor) else logits.new_full((), given)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # or a tiny temperature would overflow
     logits = logits / temperatures.masked_fill(temperatures == 0, 1.0)
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
@@ -26,8 +28,10 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, tokens = logits.sort(dim=-1, descending=True)  # (B, V)
         probabilities = ordered.softmax(dim=-1)
-        left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the likelier ones already reach it
-        left_out[:, 0] = False
+        # PyTorch refuses a cumulative sum of floats on a GPU where algorithms have to be deterministic.
+        place = "cpu" if torch.are_deterministic_algorithms_enabled() else logits.device
+        reached = probabilities.to(place).cumsum(dim=-1).to(logits.device)
+        left_out = reached - probabilities >= sampling.top_p  # the likelier ones already reach it
         logits = logits.masked_fill(left_out.scatter(-1, tokens, left_out), float("-inf"))
     if sampling.min_p:
         probabilities = logits.softmax(dim=-1)
@@ -55,13 +59,13 @@ def next_token(
     distribution of :func:`filter_logits`, or the likeliest at temperature 0. Several generators draw for equal,
     consecutive groups of rows."""
     sampling = sampling or Sampling()
-    temperatures = torch.as_tensor(sampling.temperature, device=logits.device)
     penalised = penalise_repetition(logits, sampling.repetition_penalty, seen)
     likeliest = penalised.argmax(dim=-1, keepdim=True)  # (B, 1)
-    if not temperatures.any():
+    greedy = sampling.temperature == 0  # for all rows, or of each (B, 1)
+    if not isinstance(greedy, Tensor) and greedy:
         return likeliest
     probabilities = filter_logits(logits, sampling, seen).softmax(dim=-1)
     generators = generator if isinstance(generator, Sequence) else [generator]
     shares = zip(probabilities.chunk(len(generators)), generators, strict=True)
     drawn = torch.cat([torch.multinomial(share, num_samples=1, generator=one) for share, one in shares])  # (B, 1)
-    return torch.where(temperatures == 0, likeliest, drawn)
+    return torch.where(greedy, likeliest, drawn) if isinstance(greedy, Tensor) else drawn

@@ -10,6 +10,8 @@ from src.kernels.training import CompiledTraining, compiled
 from src.model.gpt import GPT
 
 ROWS = 512  # whose float32 logits exist at a time: 0.1 GB
+COMPILED_ROWS = 16_384  # per call, of which none exists in float32; with GPT-2's vocabulary 32 bits index them
+SCALES = {torch.float16: 2.0**10}  # of stored gradients, of which those below 6e-8 would be 0
 
 
 def fused_loss(net: GPT, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -24,7 +26,8 @@ def head_and_loss(
     """``F.cross_entropy((hidden @ head.T).float(), targets, reduction=reduction)``, in nats.
 
     ``hidden`` ``(B, T, C)``, ``head`` ``(V, C)``, ``targets`` ``(B, T)``, of which those below 0 are ignored;
-    ``reduction`` is ``mean`` or ``sum``. ``compiling`` lets ``torch.compile`` make one kernel of the loss.
+    ``reduction`` is ``mean`` or ``sum``. ``compiling`` lets ``torch.compile`` make one kernel of the loss, which
+    computes softmax and gradient in two passes over the logits and holds no float32 copy of them.
 
     The plain form holds several tensors of ``(B * T, V)``: the logits, their float32 copy, its log-softmax, and the
     gradients of two of them. Here the gradient is computed in the forward pass and takes the place of the logits, as
@@ -53,12 +56,12 @@ class _HeadAndLoss(torch.autograd.Function):
         compiling: bool,
         differentiable: bool,
     ) -> Tensor:
-        losses = compiled(_losses) if compiling else _losses
+        losses, size = (compiled(_fused_losses), COMPILED_ROWS) if compiling else (_losses, ROWS)
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, cast = hidden.to(dtype), head.to(dtype)
             logits = inputs @ cast.T if differentiable else None  # (N, V), all of them for the gradient only
-            parts = logits.split(ROWS) if logits is not None else (rows @ cast.T for rows in inputs.split(ROWS))
-            pairs = zip(parts, targets.split(ROWS), strict=True)
+            parts = logits.split(size) if logits is not None else (rows @ cast.T for rows in inputs.split(size))
+            pairs = zip(parts, targets.split(size), strict=True)
             total = torch.stack([losses(part, wanted, differentiable) for part, wanted in pairs]).sum()
         ctx.save_for_backward(hidden, cast, logits)
         ctx.head_dtype = head.dtype
@@ -68,6 +71,7 @@ class _HeadAndLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, gradient = ctx.saved_tensors  # (N, C), (V, C), (N, V)
         of_hidden = of_head = None
+        grad = grad / SCALES.get(gradient.dtype, 1)
         with torch.autocast(hidden.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 of_hidden = (gradient @ head).to(hidden.dtype) * grad  # (N, C)
@@ -85,5 +89,20 @@ def _losses(logits: Tensor, targets: Tensor, differentiable: bool) -> Tensor:
     if differentiable:
         gradient = log_probabilities.exp_()
         gradient.scatter_add_(1, wanted, gradient.new_full(wanted.shape, -1.0))
-        logits.copy_(gradient.mul_(counted))
+        logits.copy_(gradient.mul_(counted * SCALES.get(logits.dtype, 1)))
     return loss
+
+
+def _fused_losses(logits: Tensor, targets: Tensor, differentiable: bool) -> Tensor:
+    """:func:`_losses` without an operation that needs the gradient in a buffer of its own before it is stored."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, V)
+    wanted = targets.unsqueeze(1)  # (n, 1)
+    counted = wanted >= 0
+    hit = torch.arange(x.shape[1], device=x.device) == wanted  # (n, V)
+    top = x.amax(1, keepdim=True)
+    total = (x - top).exp().sum(1, keepdim=True)
+    picked = torch.where(hit, x, 0.0).sum(1, keepdim=True)  # gather would read x after it is overwritten
+    if differentiable:
+        gradient = (x - top).exp() / total - hit.to(x.dtype)
+        logits.copy_(gradient * (counted * SCALES.get(logits.dtype, 1)))
+    return ((total.log() + top - picked) * counted).sum()

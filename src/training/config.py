@@ -1,6 +1,6 @@
 """The configuration of a training run as a whole, and the checks between its sections."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -87,6 +87,7 @@ class TrainConfig(Config):
     tokens_per_parameter: float | None = Field(default=None, gt=0, examples=[20])
     auto_batch: bool = Field(default=False, exclude=True)  # data.batch_size=auto, not yet a number
     kernels: Literal["fast", "plain"] = "fast"
+    attention: Literal["auto", "flash"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
     max_restarts: int = Field(default=0, ge=0)
@@ -184,7 +185,7 @@ class TrainConfig(Config):
     def with_batch_size(self, size: int) -> "TrainConfig":
         return self.changed(data=self.data.changed(batch_size=size), auto_batch=False)
 
-    def accumulated(self, world_size: int) -> "TrainConfig":
+    def accumulated(self, world_size: int) -> Self:
         """A config with the ``trainer.accumulate_grad_batches`` that makes ``tokens_per_step`` on ``world_size``
         devices.
 

@@ -55,18 +55,20 @@ class FiniteGuard(Callback):
             optimizer.zero_grad()
         _scale_short_step(trainer, parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm.to(pl_module.device)  # of none: on the CPU
         losses = torch.stack(pl_module.step_losses) if pl_module.step_losses else norm.new_zeros(1)
         finite = trainer.strategy.reduce(losses, reduce_op="mean").isfinite().all()  # the same on every rank
         if scaler is None:  # with a scaler, such a step is left out and the scale lowered
             finite &= norm.isfinite()
+        limit = self.clip_val or math.inf
+        finite, large = torch.stack([finite, norm > limit]).tolist()  # at once: each reading waits for the device
         if not finite:
             self._refuse(trainer, pl_module.step_losses, norm.item(), optimizer.param_groups[0]["lr"])
         self._inputs = []
         if self.clip_val and self.algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, self.clip_val)
-        elif self.clip_val and norm > self.clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_val, norm)
+        elif large:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         pl_module.log_exactly(grad_norm=norm)
 
     def _refuse(self, trainer: Trainer, losses: list[Tensor], norm: float, lr: float) -> NoReturn:

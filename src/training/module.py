@@ -119,7 +119,7 @@ class PretrainingModule(LightningModule):
         inputs, targets = batch  # each (B, T)
         loss = self.loss(inputs, targets, reduction="sum")
         # One tensor for all batches: a small one that lies between large buffers keeps their memory from being reused.
-        sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact([0.0, 0.0]))
+        sums = self._eval_sums.setdefault(EVAL_SPLITS[dataloader_idx], self._exact(loss.new_zeros(2)))
         sums += torch.stack([loss, (targets >= 0).sum()])
 
     def eval_losses(self) -> dict[str, Tensor]:
@@ -196,4 +196,6 @@ class PretrainingModule(LightningModule):
 
     def _exact(self, value: Any) -> Tensor:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.as_tensor(value, dtype=dtype, device=self.device)
+        if isinstance(value, Tensor):
+            return value.to(self.device, dtype)
+        return torch.full((), value, dtype=dtype, device=self.device)  # copying a number to a GPU would wait for it

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +76,8 @@ def build_trainer(
         options["strategy"] = DDPStrategy(gradient_as_bucket_view=True)  # without: each gradient in memory twice
     options["plugins"] = [SealedCheckpointIO(), *(options.get("plugins") or [])]
     options = {"num_sanity_val_steps": 0, "enable_model_summary": False, **options}
+    if options.get("deterministic"):  # then PyTorch would fill each new tensor, gigabytes of logits too, with NaN
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     trainer = Trainer(
         **options, callbacks=[*own, *callbacks, *checkpoints], logger=list(loggers) or False, default_root_dir=folder
     )
@@ -94,8 +97,9 @@ def build_module(
 ) -> PretrainingModule:
     """The module of ``config``, to be trained on ``device``; its parameters are drawn from ``config.seed``, and only
     when they are ``sharded`` where they will be."""
+    torch.backends.cuda.enable_cudnn_sdp(config.attention == "auto")
     torch.manual_seed(config.seed)
-    with torch.device("meta" if sharded else "cpu"):
+    with torch.device("meta") if sharded else nullcontext():
         module = PretrainingModule(
             config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches
         )
