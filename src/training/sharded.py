@@ -32,7 +32,8 @@ def shard(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for module in net.blocks.modules():
-            module.__class__ = GatheredLayerNorm if type(module) is nn.LayerNorm else type(module)
+            if type(module) is nn.LayerNorm:
+                module.__class__ = GatheredLayerNorm
     for part in (net.tok_emb, net.pos_emb, *net.blocks, net.final_norm, net.head):
         if drawn and not (net.config.tie_weights and part is net.head):
             part.to_empty(device="cpu")
