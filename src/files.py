@@ -1,8 +1,11 @@
 """Files that are replaced whole or not at all, and folders that leave nothing behind."""
 
+import csv
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +98,26 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, str]], bool]:
+    """The valid rows of a CSV file with a column ``step``, and whether more of it is damaged than a last line that a
+    kill cut short."""
+    if not path.is_file():
+        return [], True
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    try:
+        columns, *rows = csv.reader(lines, strict=True)
+    except (ValueError, csv.Error):
+        return [], bool(lines)
+    if "step" not in columns or len(set(columns)) < len(columns):
+        return [], True
+    step = columns.index("step")
+    valid = [
+        len(row) == len(columns) and bool(re.fullmatch("[0-9]{1,18}", row[step])) and "\ufffd" not in "".join(row)
+        for row in rows
+    ]
+    return [dict(zip(columns, row, strict=True)) for row in itertools.compress(rows, valid)], not all(valid[:-1])
 
 
 def remove_folder(folder: Path, *names: str) -> None:

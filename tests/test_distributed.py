@@ -141,9 +141,9 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(ranks, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(ranks, tmp_path, request):
+def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(ranks, tmp_path, trials):
     """Dropout on. SIGKILL of either rank at a random moment, again and again; nobody but torchelastic restarts them."""
-    kills = 20 if request.config.getoption("--full") else 2
+    kills = trials(2, 20)
     common = ("data.batch_size=2", f"trainer.max_steps={10 * kills + 10}", "trainer.max_epochs=null",
               "eval.every_steps=7", "eval.batches=2", "checkpoint.every_steps=2", "~callbacks.loss_plot")  # fmt: skip
     whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(0)
@@ -163,6 +163,7 @@ def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(ranks, tmp
     assert "error" not in out + err
     assert len(read_record(cut)["resumed_at"]) == kills
     assert first_difference(whole, cut) is None
+    trials.passed("one of two ranks killed by SIGKILL, with `max_restarts`", kills, "continued to the same bits")
 
 
 @pytest.mark.slow

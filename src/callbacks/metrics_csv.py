@@ -2,9 +2,7 @@
 
 import csv
 import io
-import itertools
 import logging
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.files import write_text
+from src.files import read_rows, write_text
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ class MetricsCSV(Logger):
         """Drop what an interrupted run logged after ``step``, because it will be logged again."""
         if not self.path.exists():
             return
-        rows, damaged = self._read()
+        rows, damaged = read_rows(self.path)
         if damaged:
             aside = self.path.with_name(f"metrics_damaged_{time.strftime('%Y-%m-%d_%H-%M-%S')}.csv")
             self.path.replace(aside)
@@ -46,24 +44,6 @@ class MetricsCSV(Logger):
         for row in kept[-1:]:
             known = {key: value for key, value in row.items() if value}
             self.log_metrics(known | {"step": int(row["step"])}, int(row["step"]))
-
-    def _read(self) -> tuple[list[dict[str, str]], bool]:
-        """The valid rows of the file, and whether more of it is damaged than a last line that a kill cut short."""
-        if not self.path.is_file():
-            return [], True
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        try:
-            columns, *rows = csv.reader(lines, strict=True)
-        except (ValueError, csv.Error):
-            return [], bool(lines)
-        if "step" not in columns or len(set(columns)) < len(columns):
-            return [], True
-        step = columns.index("step")
-        valid = [
-            len(row) == len(columns) and bool(re.fullmatch("[0-9]{1,18}", row[step])) and "\ufffd" not in "".join(row)
-            for row in rows
-        ]
-        return [dict(zip(columns, row, strict=True)) for row in itertools.compress(rows, valid)], not all(valid[:-1])
 
     @property
     def name(self) -> str:

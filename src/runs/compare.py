@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 from contextlib import suppress
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.checkpoint.pickles import is_checkpoint
+from src.files import read_rows
 from src.runs.record import read_record
 from src.runs.report import flat
 from src.runs.tables import cell
@@ -55,7 +56,7 @@ class ComparedRun:
             "steps": record.get("optimizer_steps", last.get("step")),
             "tokens": record.get("tokens_seen", last.get("tokens_seen")),
             **{key: record.get(key) for key in ("seconds", "tokens_per_second", *IF_DIFFERENT)},
-            "checkpoint": next((str(path) for path in checkpoints if path.is_file()), None),
+            "checkpoint": next((str(path) for path in checkpoints if is_checkpoint(path)), None),
         }
 
     def status(self) -> str:
@@ -78,14 +79,9 @@ def read_run(folder: Path, name: str, settings: dict[str, Any] | None = None) ->
         settings = {key: value for key, value in flat(record.get("config", {})) if key not in left_out}
     table = folder / "tokenizer.json"
     tokenizer = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else "gpt2"
-    return ComparedRun(name, folder, settings, record, _read_metrics(folder / "metrics.csv"), tokenizer)
-
-
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    with suppress(OSError, csv.Error), path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-        return [{key: value for key, value in row.items() if value is not None} for row in rows]
-    return []
+    rows = [{key: _number(value) for key, value in row.items()} for row in read_rows(folder / "metrics.csv")[0]]
+    metrics = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    return ComparedRun(name, folder, settings, record, metrics, tokenizer)
 
 
 def _number(value: Any) -> float | None:

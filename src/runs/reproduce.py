@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+from src.files import read_rows
 from src.runs.record import RunRecord, git_diff, read_record
 from src.runs.report import changes
 from src.training.config import TrainConfig
@@ -101,15 +101,12 @@ def compare(old: Path, new: Path) -> str:
 
 
 def _rows(folder: Path) -> dict[int, Row]:
-    """The rows of ``metrics.csv`` by step, without speeds and empty cells; those that a kill cut short are left out."""
-    file = folder / "metrics.csv"
-    rows = csv.DictReader(file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else [])
+    """The rows of ``metrics.csv`` by step, without speeds and empty cells."""
     return {
         int(row["step"]): {
             key: value for key, value in row.items() if value and key != "step" and not key.startswith("perf/")
         }
-        for row in rows
-        if None not in row and None not in row.values() and re.fullmatch("[0-9]{1,18}", row.get("step", ""))
+        for row in read_rows(folder / "metrics.csv")[0]
     }
 
 
