@@ -84,7 +84,7 @@ def compare(cfg: DictConfig) -> list[dict[str, Any]]:
     if len({run.record.get("data_sha256") for run in runs} - {None}) > 1:
         print("the texts differ")
     if missing := [run.name for run in runs if not run.metrics]:
-        print(f"without metrics.csv, so without curves: {', '.join(missing)}")
+        print(f"without rows in metrics.csv, so without curves: {', '.join(missing)}")
     output.mkdir(parents=True, exist_ok=True)
     write_table(rows, output / "compare")
     figure_of(runs).savefig(output / "compare.png")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import column
 from interrupting import first_difference
-from test_distributed import SAME, losses, started  # noqa: F401
+from test_distributed import SAME, losses
 from test_evaluation import evaluated, split_loss
 
 from src import evaluate
@@ -194,9 +194,9 @@ def test_what_cannot_be_averaged_is_told_at_once(tiny_run):
 
 
 @pytest.mark.slow
-def test_two_processes_average_what_one_does(started, tmp_path, tiny_run):  # noqa: F811
+def test_two_processes_average_what_one_does(ranks, tmp_path, tiny_run):
     whole = tiny_run(*SAME, *EMA, "trainer.max_steps=6")
-    ddp = started(*SAME, *EMA, "data.batch_size=2", "trainer.max_steps=6", f"hydra.run.dir={tmp_path / 'ddp'}")
+    ddp = ranks(*SAME, *EMA, "data.batch_size=2", "trainer.max_steps=6", f"hydra.run.dir={tmp_path / 'ddp'}")
     _, err = ddp.communicate()
     assert ddp.returncode == 0, err
     assert losses(tmp_path / "ddp", "val/loss") == pytest.approx(column(whole, "val/loss"), abs=2e-5)

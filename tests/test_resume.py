@@ -541,7 +541,7 @@ def test_killed_before_the_best_checkpoint_has_its_name(tiny_run, tmp_path, monk
         link(path, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("src.checkpoint.callbacks.link", killed)
+        patch.setattr("src.checkpoint.plugin.link", killed)
         with pytest.raises(RuntimeError, match="killed"):
             tiny_run(*common, folder=tmp_path / "cut")
     saved = read_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")

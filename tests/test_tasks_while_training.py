@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import column, metrics_of, story_of
 from interrupting import first_difference
-from test_distributed import SAME, losses, started  # noqa: F401
+from test_distributed import SAME, losses
 from test_tasks import PASSAGES, task_files  # noqa: F401
 
 from src import evaluate
@@ -141,10 +141,10 @@ def test_costs_nothing_when_off(tmp_path, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_two_processes_score_what_one_does(started, tmp_path, tiny_run, scored, trainer):  # noqa: F811
+def test_two_processes_score_what_one_does(ranks, tmp_path, tiny_run, scored, trainer):
     common = (*SAME, *scored, "trainer.max_steps=5")
     whole = tiny_run(*common, "data.batch_size=4")
-    two = started(*common, "data.batch_size=2", f"trainer={trainer}", f"hydra.run.dir={tmp_path / 'two'}")
+    two = ranks(*common, "data.batch_size=2", f"trainer={trainer}", f"hydra.run.dir={tmp_path / 'two'}")
     _, err = two.communicate()
     assert two.returncode == 0, err
     for name in "texts/code_loss", "tasks/words_perplexity":
