@@ -16,7 +16,8 @@ from typing import Any
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """The path of a new file ``<path>.part``, which becomes ``path`` if the block succeeds and is removed otherwise.
-    A reader of ``path`` sees the old content or the new, never a mixture. One process at a time may write.
+    A reader of ``path`` sees the old content or the new, never a mixture; where either is a folder, for an instant
+    nothing. One process at a time may write.
 
     ``durable`` waits until the new content is on the disk, so that it survives a power failure.
     """
@@ -26,9 +27,12 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         yield part
         if durable:
             flush(part)
-        if path.is_dir() or part.is_dir():
-            remove(path)
+        old = path.with_name(path.name + ".old")
+        if path.exists() and (path.is_dir() or part.is_dir()):  # no folder can be replaced at once
+            remove(old)
+            path.rename(old)
         part.replace(path)
+        remove(old)
         if durable:
             flush(path.parent)
     finally:

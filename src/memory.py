@@ -34,15 +34,17 @@ def free_memory() -> int | None:
     """What this machine, and the control groups of this process (of a container or a SLURM job), can still give; None
     where that is not known."""
     found = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-    return None if found is None else min([found, *_left_in_groups()])
+    return None if found is None else min([found, *(left for _, left in _groups())])
 
 
 def host_memory() -> int | None:
-    """What this machine has; None where that is not known."""
-    return _kilobytes(Path("/proc/meminfo"), "MemTotal")
+    """What this machine has, or as much as the control groups allow; None where that is not known."""
+    found = _kilobytes(Path("/proc/meminfo"), "MemTotal")
+    return None if found is None else min([found, *(limit for limit, _ in _groups())])
 
 
-def _left_in_groups() -> Iterator[int]:
+def _groups() -> Iterator[tuple[int, int]]:
+    """The limit of each control group, and what is left of it."""
     mine = Path("/proc/self/cgroup")
     for line in mine.read_text().splitlines() if mine.exists() else ():
         _, kinds, path = line.split(":", 2)
@@ -53,7 +55,7 @@ def _left_in_groups() -> Iterator[int]:
             with suppress(OSError, ValueError):  # "max", or a group that this container does not see
                 limit, used = (int((folder / name).read_text()) for name in names)
                 cache = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
-                yield limit - used + (int(cache[1]) if cache else 0)  # the page cache gives way
+                yield limit, limit - used + (int(cache[1]) if cache else 0)  # the page cache gives way
 
 
 def _of_process(field: str) -> int:

@@ -56,6 +56,11 @@ def check(cfg: DictConfig) -> TrainConfig:
             locate(config.weights)
     except ValueError as error:
         found += str(error).splitlines()
+    if config.max_restarts and processes.world_size() > 1 and not processes.started_here():
+        found.append(
+            f"max_restarts={config.max_restarts} is not for ranks that another program starts; use max_restarts=0, and "
+            f"torchrun --max-restarts={config.max_restarts}"
+        )
     if config.ckpt_path and not config.resume and not is_checkpoint(Path(config.ckpt_path)):
         found.append(
             f"ckpt_path={config.ckpt_path} is not a file (seen from {Path.cwd()}); "

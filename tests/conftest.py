@@ -59,7 +59,8 @@ def spawned(tmp_path):
 
     def spawn(*arguments: str, **environment: str) -> subprocess.Popen:
         env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-        env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}", "OMP_NUM_THREADS": "1", **environment}
+        known = os.environ.get("PYTHONPATH", "")
+        env |= {"PYTHONPATH": f"{cli.CONF.parent}:{tmp_path}:{known}", "OMP_NUM_THREADS": "1", **environment}
         command, pipe = [sys.executable, *arguments], subprocess.PIPE
         running.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
         return running[-1]
@@ -120,7 +121,7 @@ def tiny_run(tmp_path, text):
             [
                 *model,
                 f"data.path={text}",
-                "trainer.accelerator=cpu",
+                f"trainer.accelerator={os.environ.get('GPU_TESTS', 'cpu')}",
                 "trainer.precision=32-true",
                 "trainer.max_epochs=1",
                 "eval.every_steps=1000",

@@ -117,7 +117,7 @@ def _started(arguments: list[str], output: Path) -> Iterator[subprocess.Popen]:
             [sys.executable, "-m", "src.train", *arguments],
             stdout=file,
             stderr=file,
-            env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+            env={**os.environ, "PYTHONPATH": f"{CONF.parent}:{os.environ.get('PYTHONPATH', '')}"},
         )
     try:
         yield process

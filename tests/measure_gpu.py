@@ -36,7 +36,6 @@ DEVICE = "cpu" if DRY else "cuda"
 WORK = Path(os.environ.get("WORK", "."))  # a temporary folder, which the main process makes for the others
 OUT = Path(os.environ.get("OUT", "gpu_out"))
 SECONDS = float(os.environ.get("SECONDS", 3600 if DRY else 570))
-FLASH = "TORCH_CUDNN_SDPA_DEPRIORITIZED"  # PyTorch's own switch; attention without cuDNN
 Rows = Iterator[tuple[str, ...]]
 
 
@@ -51,7 +50,6 @@ class Measurement(NamedTuple):
     arguments: str = ""
     seconds: int = 180  # after which it is stopped
     together: bool = False  # with others, at the same time
-    switch: str = ""  # an environment variable that is set to 1
 
 
 def measurements(dry: bool) -> list[Measurement]:
@@ -80,11 +78,11 @@ def measurements(dry: bool) -> list[Measurement]:
     run = f"schedule.warmup_steps=2 trainer.log_every_n_steps=1 trainer.max_steps={steps} eval.batches=1"
     run += " eval.every_steps=1000 callbacks.text_samples.max_new_tokens=8"
     against = f"measure=[generation] peers=[transformers] {small} model.context_length=512"
-    of_gpu, of_cpu = "generate evaluate tokenizer_choice", "kernels model optim generation training checkpoint"
-    of_cpu += " finite_guard"
+    of_gpu = "generate evaluate tokenizer_choice training checkpoint finite_guard resume"
+    of_cpu = "kernels model optim generation"
     if dry:
         of_gpu, of_cpu = "device", "optim"
-    found = [
+    return [
         Measurement("ABCP", "device", "", device),
         Measurement("A", "machine", "", machine),
         Measurement("A", "tests/test_gpu.py", "no failures", tests, "gpu", 400, True),
@@ -98,14 +96,14 @@ def measurements(dry: bool) -> list[Measurement]:
         three("as bf16-mixed", "trainer=fsdp trainer.devices=1 compile=true"),
         three("as bf16-mixed", "trainer.deterministic=true"),
         Measurement("B", "benchmark", "485k to 540k on an H200, 10 % less on an H100", benchmark, gpt2(64, few)),
-        Measurement("B", "benchmark, flash", "6 to 8 % less", benchmark, gpt2(64, few), switch=FLASH),
+        Measurement("B", "benchmark, flash", "6 to 8 % less", benchmark, gpt2(64, f"{few} attention=flash")),
         Measurement("B", "loop", "as the bare loop", loop, gpt2(64)),
         Measurement("B", "loop, compiled cross-entropy", "465k to 510k", loop, gpt2(64, "kernels=plain compile=false")),
         Measurement("B", "loop, 16 windows", "440k to 490k", loop, gpt2(16)),
         Measurement("B", "loop, 16 windows, eager", "300k to 380k", loop, gpt2(16, "compile=false")),
         Measurement("", "loop, 32 windows", "within 1 % of 64 windows", loop, gpt2(32)),
         Measurement("C", "experiment=gpt2_124m", "0.98 of the bare loop", trainer, gpt2(64, run)),
-        Measurement("C", "generation, bfloat16", "400 tokens/s, 30 at first with cuDNN", generation, "bfloat16"),
+        Measurement("C", "generation, bfloat16", "400 tokens/s, the first time too", generation, "bfloat16"),
         Measurement("C", "generation, float32", "400 tokens/s", generation, "float32"),
         Measurement("C", "generation, transformers", "", benchmark, against),
         stopped("deterministic", "the same bits", "trainer.deterministic=true"),
@@ -114,7 +112,6 @@ def measurements(dry: bool) -> list[Measurement]:
         Measurement("P", "tests on the GPU", "no failures but of tolerance", tests, of_gpu, 240, True),
         Measurement("P", "tests on the CPU", "no failures", tests, of_cpu, 240, True),
     ]
-    return [one for one in found if not (dry and one.switch)]
 
 
 # A measurement, in its own process
@@ -251,9 +248,8 @@ def loop(*overrides: str) -> Rows:
 
 
 def generation(dtype: str) -> Rows:
-    """One text, greedy. Where cuDNN attends, its first time also prepares a plan for each number of keys."""
+    """One text, greedy."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from src.device import seconds_of
     from src.generation.decode import generate
@@ -268,12 +264,8 @@ def generation(dtype: str) -> Rows:
     def act(recorded: bool = False) -> torch.Tensor:
         return generate(net, prompt, new, cuda_graph=recorded)[0]
 
-    def without_cudnn() -> torch.Tensor:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return act()
-
     reference = None
-    for name, form in {"eager": act, "without cuDNN": without_cudnn, "CUDA graph": lambda: act(True)}.items():
+    for name, form in {"eager": act, "CUDA graph": lambda: act(True)}.items():
         first, again = (new / seconds_of(form, DEVICE) for _ in range(2))
         text = form()
         reference = text if reference is None else reference
@@ -320,8 +312,7 @@ def measure(one: Measurement, work: Path, limit: float) -> tuple[list[list[str]]
     """The rows of ``one``, its command and its output."""
     environment = {"WORK": str(work), "XDG_STATE_HOME": str(work), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
-    environment |= {one.switch: "1"} if one.switch else {}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "GPU_TESTS": "cpu"} if DRY else {}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "GPU_TESTS": "cpu"} if DRY else {"GPU_TESTS": "cuda"}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         given = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "process_group": 0}
         command = [sys.executable, __file__, "--here", one.name]
@@ -343,7 +334,7 @@ def measure(one: Measurement, work: Path, limit: float) -> tuple[list[list[str]]
         rows.append([one.name, f"FAILED, {reason}", one.expected])
     shown = next((line[2:] for line in lines if line.startswith("+ ")), None)
     shown = (shown or f"python tests/measure_gpu.py {shlex.quote(one.name)}").replace(f"{work}/", "my_")
-    return rows, f"{one.switch}=1 {shown}" if one.switch else shown, output
+    return rows, shown, output
 
 
 def main(chosen: list[str]) -> None:

@@ -143,7 +143,7 @@ def test_killed_interrupted_and_resumed_to_the_same_bits(ranks, tmp_path):
 @pytest.mark.slow
 def test_killed_ranks_are_started_again_and_continue_to_the_same_bits(ranks, tmp_path, trials):
     """Dropout on. SIGKILL of either rank at a random moment, again and again; nobody but torchelastic restarts them."""
-    kills = trials(2, 20)
+    kills = trials(1, 20)
     common = ("data.batch_size=2", f"trainer.max_steps={10 * kills + 10}", "trainer.max_epochs=null",
               "eval.every_steps=7", "eval.batches=2", "checkpoint.every_steps=2", "~callbacks.loss_plot")  # fmt: skip
     whole, cut, draw = tmp_path / "whole", tmp_path / "cut", random.Random(0)
@@ -328,6 +328,31 @@ def test_place_among_the_processes(monkeypatch, environment, place):
     if place[1] > 1:
         with pytest.raises(ValueError, match=f"but {place[1]} processes were started; use {fits[2]}$"):
             check(cli.compose("train", [*fits[:2], "trainer.devices=3"]))
+
+
+def test_max_restarts_is_of_our_own_launcher(monkeypatch):
+    for name, value in ELASTIC.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"use max_restarts=0, and torchrun --max-restarts=3"):
+        check(cli.compose("train", ["trainer.accelerator=cpu", "trainer.devices=2", "max_restarts=3"]))
+
+
+def test_a_shared_store_is_not_for_restarts(spawned, text):
+    process = spawned(*TORCHRUN, "--max-restarts=1", "-m", "src.train", f"data.path={text}")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert "error: torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in out + err
+
+
+@pytest.mark.slow
+def test_an_error_that_would_come_again_is_not_repeated(ranks, tmp_path):
+    (tmp_path / "poison.py").write_text(POISON)
+    process = ranks("data.batch_size=2", "+callbacks.poison._target_=poison.Poison", "eval.batches=1", "max_restarts=2",
+                    f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert (out + err).count("step 3 was not made: its loss is nan") == (out + err).count("error:") == 1
+    assert "starting all again" not in err
 
 
 def test_no_gpu_to_share_out():

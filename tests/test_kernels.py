@@ -397,6 +397,20 @@ def test_plain_kernels_train_to_the_same_losses(tiny_run):
         tiny_run("kernels=slow")
 
 
+def test_all_blocks_share_one_graph(tiny, monkeypatch):
+    """However many they are: PyTorch gives up after eight graphs of one function."""
+    graphs = []
+    counting = functools.partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    net = build(tiny.changed(n_layers=10))
+    compile_training(net, by_block=True)
+    torch.compiler.reset()
+    compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", counting)
+    net.hidden_states(torch.randint(tiny.vocab_size, (2, 16))).sum().backward()
+    compiled.cache_clear()
+    assert len(graphs) == 1
+
+
 @needs_compiler
 def test_compiled_training_is_the_plain_one_but_for_rounding(tiny):
     """With the other kernels and with activations computed again."""

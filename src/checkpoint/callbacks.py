@@ -56,7 +56,8 @@ class RunCheckpoints(Checkpoint):
             self._group = torch.distributed.new_group(backend="gloo")  # agreeing on the CPU does not wait for a GPU
         if self._resumed.get("best_step") == trainer.global_step and self.path.exists() and trainer.is_global_zero:
             link(self.path, self.best_path)  # the run was killed after it wrote last.ckpt and before this name
-        if self._resumed and self.best_path.exists():  # otherwise this folder has no best one to beat
+        # without the file, this folder has no best one to beat
+        if self._resumed and trainer.strategy.broadcast(self.best_path.exists()):
             self.best, self.best_step = self._resumed["best"], self._resumed["best_step"]
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()

@@ -21,7 +21,7 @@ WEIGHTS, OPTIMIZER = "state_dict", "optimizer_states"
 
 
 def read_checkpoint_of(
-    path: Path, key: str, unsealed: bool = False, kinds: Collection[str] = (WEIGHTS, OPTIMIZER), verify: bool = True
+    path: Path, key: str, unsealed: bool = False, kinds: Collection[str] = (), verify: bool = True
 ) -> Any:
     """What :func:`~src.checkpoint.storage.read_sealed` reads, or a checkpoint in parts: of its tensors, only the
     ``kinds`` :data:`WEIGHTS` and :data:`OPTIMIZER` that are asked for are read, into memory. ``verify=False`` leaves

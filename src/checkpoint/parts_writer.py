@@ -1,6 +1,7 @@
 """Writes checkpoints in parts, while training goes on."""
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from src.checkpoint.pickles import MANIFEST
 from src.checkpoint.storage import write_sealed
 from src.files import flush, link, remove, write_json, write_text
 
+FILES = 8  # of each rank
+
 
 class SealedParts(HuggingFaceStorageWriter):
-    """Writes a file of safetensors per rank and, once all are on the disk, their SHA-256 and ``publish`` on rank 0."""
+    """Writes the ``names`` of each rank to files of safetensors and, once all are there, their SHA-256; then calls
+    ``publish`` on rank 0."""
 
-    def __init__(self, folder: Path, publish: Callable[[], None]) -> None:
-        super().__init__(str(folder), save_distributed=True)
+    def __init__(self, folder: Path, names: Collection[str], publish: Callable[[], None]) -> None:
+        # safetensors makes each file in memory first
+        files = {name: 1 + at % FILES for at, name in enumerate(sorted(names))}
+        super().__init__(str(folder), files, save_distributed=True)
         self.folder = folder
         self.publish = publish
 
@@ -54,7 +60,7 @@ def save_parts(checkpoint: dict[str, Any], path: Path, names: Collection[Path], 
     part, previous = path.with_name(path.name + ".part"), path.with_name("previous.ckpt")
     if group.rank() == 0:
         remove(part)
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         optimizers = [{**optimizer, "state": {}} for optimizer in checkpoint[OPTIMIZER]]
         write_sealed({**checkpoint, WEIGHTS: {}, OPTIMIZER: optimizers}, part / REST)
 
@@ -67,17 +73,21 @@ def save_parts(checkpoint: dict[str, Any], path: Path, names: Collection[Path], 
         for name in names:
             link(path, name)
 
-    return async_save(tensors_of(checkpoint), storage_writer=SealedParts(part, publish), process_group=group)
+    tensors = tensors_of(checkpoint)
+    return async_save(tensors, storage_writer=SealedParts(part, tensors, publish), process_group=group)
 
 
 def wait_for(saving: Any, path: Path) -> None:
     """Wait for the end of :func:`save_parts`.
 
     Raises:
-        OSError: a rank could not write.
+        OSError: a rank could not write; what it has written is removed.
     """
     try:
         saving.result()
     except CheckpointException as error:
+        with suppress(OSError):  # another rank may be faster
+            remove(path.with_name(path.name + ".part"))
         reason = next(iter(error.failures.values()))[0]
-        raise OSError(f"{path} could not be written ({reason}); free some space and use resume=<run folder>") from error
+        cure = "free some and use resume=<run folder>, or use hydra.run.dir=<a folder on another disk>"
+        raise OSError(f"{path} could not be written ({reason}); {cure}") from error

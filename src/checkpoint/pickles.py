@@ -12,12 +12,12 @@ MOST_NAMED = 5  # functions in a message
 
 
 def is_in_parts(path: Path) -> bool:
-    """Whether ``path`` is a folder by :mod:`src.checkpoint.parts`."""
-    return path.suffix == ".ckpt" and (path / MANIFEST).is_file()
+    """Whether ``path`` is a folder by :mod:`src.checkpoint.parts`, of files only: reading a pipe would wait forever."""
+    return path.suffix == ".ckpt" and (path / MANIFEST).is_file() and all(file.is_file() for file in path.iterdir())
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` may be read as a checkpoint; reading a pipe would wait forever."""
+    """Whether ``path`` may be read as a checkpoint."""
     return path.is_file() or is_in_parts(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.cli.quoting import command_line, key_of, quoted
 from src.interop.locate import run_folder
-from src.runs.processes import job_id, restarts
+from src.runs.processes import job_id, restarted
 from src.runs.record import read_record, recorded_runs
 
 STATUSES = ("running", "interrupted", "failed", "oom", "completed")
@@ -38,7 +38,7 @@ def requeued_run(overrides: list[str]) -> Path | None:
     """The unfinished run of a command with ``overrides`` that an earlier start of this job, by SLURM or torchrun,
     began."""
     job = job_id()
-    if job is None or not (restarts() or int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
+    if job is None or not (restarted() or int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
         return None
     given = [override.split("=", 1)[1] for override in overrides if key_of(override) == "hydra.run.dir"]
     command = command_line(without_hydra(overrides))

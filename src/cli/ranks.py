@@ -1,8 +1,11 @@
 """The command line of a run with several ranks: rank 0 reads it, the others receive it, and all use one folder."""
 
+import logging
 import os
+import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.checkpoint.interruption import Interrupted
+from src.checkpoint.interruption import SIGNALS, Interrupted
 from src.cli import app
 from src.cli.overrides import compose
 from src.cli.quoting import key_of, quoted, resume_override, split_overrides
@@ -44,7 +47,7 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
                 start_ranks(count, folder, cfg.max_restarts)
                 return read_record(folder).get("val_loss")
             if processes.rank():
-                processes.be_quiet()
+                _be_quiet()
             return run(cfg, folder)
         except BaseException as error:
             told = processes.reported_elsewhere(error) or getattr(error, "told", False)
@@ -55,7 +58,7 @@ def job(run: Callable[[DictConfig, Path], float | None]) -> Callable[[DictConfig
                 print(f"to continue the sweep: python -m src.train -m {again}", file=sys.stderr)
             raise
         finally:
-            processes.ignore_signals()
+            _ignore_signals()
             if starts:
                 with suppress(OSError):
                     write_sweep(Path(HydraConfig.get().sweep.dir))
@@ -94,7 +97,17 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
         if processes.world_size() > 1:  # else as many as PyTorch or the launcher of a sweep chooses
             os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes.world_size(), 1)))
         threading.Thread(target=launch.stop_with_launcher, daemon=True).start()
-        return processes.from_rank_zero(_started_again) if processes.restarts() else sys.argv[1:]
+        if not processes.restarted():
+            return sys.argv[1:]
+        arguments = processes.from_rank_zero(_started_again)
+        return [*arguments, "hydra.output_subdir=null"] if processes.rank() else arguments
+    shared, most = (os.environ.get(f"TORCHELASTIC_{key}", "0") for key in ("USE_AGENT_STORE", "MAX_RESTARTS"))
+    if shared == "True" and most != "0":  # restarted ranks would find what those before them have left there
+        app.fail(
+            ["torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment; export it first"]
+            * (processes.rank() == 0)
+        )
+    processes.restarted()  # by all ranks
     arguments = processes.from_rank_zero(make if processes.world_size() == 1 else lambda: _with_folder(make))
     if processes.rank() == 0:
         return arguments
@@ -104,12 +117,17 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
 
 
 def _started_again() -> list[str]:
-    """The arguments of ranks that are started again: those of a run that is resumed, if it had begun."""
-    print(f"a rank has ended, starting all again (restart {processes.restarts()})", file=sys.stderr)
+    """The arguments of ranks that are started again: those of a run that is resumed, if it had begun. A run that is
+    completed or has stopped by itself is not repeated."""
     folder = Path(split_overrides(sys.argv[1:], "hydra.run.dir")[2][-1])
+    record = read_record(folder)
+    if record.get("status") == "completed" or str(record.get("error")).startswith(("ValueError", "NonFiniteError")):
+        sys.exit(record["status"] != "completed")
+    print("a rank has ended, starting all again", file=sys.stderr)
     resumed = any(key_of(argument) == "resume" for argument in sys.argv[1:])
-    begun = (folder / "run.json").exists() and not resumed
-    return [*sys.argv[1:], *[f"resume={quoted(folder)}"] * begun]
+    begun = bool(record) and not resumed
+    own = [] if (folder / ".hydra").exists() else ["hydra.output_subdir=.hydra"]
+    return [*sys.argv[1:], *[f"resume={quoted(folder)}"] * begun, *own]
 
 
 def _with_folder(make: Callable[[], list[str]]) -> list[str]:
@@ -124,3 +142,16 @@ def _with_folder(make: Callable[[], list[str]]) -> list[str]:
 
 def _flags(arguments: list[str]) -> bool:
     return any(argument.startswith("-") for argument in arguments)
+
+
+def _be_quiet() -> None:
+    """Let a rank other than 0 print errors only."""
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _ignore_signals() -> None:
+    """At the end of a rank: a launcher signals the remaining ranks as soon as the first one has ended."""
+    if processes.world_size() > 1 and threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)

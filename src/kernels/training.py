@@ -61,5 +61,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _extend(module: nn.Module, ability: type[nn.Module]) -> None:
     """Put ``ability`` before the class of ``module``, whatever subclass of the model's that is."""
-    kind = type(module)
-    module.__class__ = type(f"{ability.__name__}{kind.__name__}", (ability, kind), {})
+    module.__class__ = _extended(ability, type(module))
+
+
+@functools.cache  # one class for all blocks, or torch.compile would make a graph for each
+def _extended(ability: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{ability.__name__}{kind.__name__}", (ability, kind), {})

@@ -75,7 +75,7 @@ class GPT(nn.Module):
         layer norms                 scale 1, shift 0                         scale 1, shift 0
         ==========================  =======================================  ==============================
         """
-        tied, drawn = self.config.tie_weights, set((part or self).modules())
+        tied, drawn = self.config.tie_weights, set((self if part is None else part).modules())
         for name, module in self.named_modules():
             if module not in drawn:
                 continue

@@ -97,7 +97,8 @@ def needed_memory(memory: Memory, device: str, config: TrainConfig) -> tuple[int
     """Bytes that a training step adds to the processes that share the memory of ``device``, and what fragmentation of
     the heap may add."""
     on_cpu, ranks = device == "cpu", processes.world_size()
-    buckets = memory.gradients if ranks > 1 else 0  # of DistributedDataParallel
+    # with DistributedDataParallel gradients stay, as they do in any case while they accumulate
+    buckets = memory.gradients if ranks > 1 and config.trainer.accumulate_grad_batches == 1 else 0
     step = memory.peak + buckets + _averages(config, memory.weights // 4)
     lost = FRAGMENTATION[0] * memory.largest + FRAGMENTATION[1] * memory.gradients + IMPORTS if on_cpu else 0
     sharing = max(ranks // config.trainer.num_nodes, 1) if on_cpu else 1
@@ -110,7 +111,8 @@ def _averages(config: TrainConfig, parameters: int) -> int:
 
 
 def _disk_line(checkpoint: int, folder: Path) -> str:
-    files = [file.stat() for file in folder.glob("checkpoints/*.ckpt")]  # of a resumed run, replaced one by one
+    found = (*folder.glob("checkpoints/*.ckpt"), *folder.glob("checkpoints/*.ckpt/*"))  # replaced one by one
+    files = [file.stat() for file in found]
     own = sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
     room = shutil.disk_usage(folder).free
     if room + own < 2 * checkpoint:

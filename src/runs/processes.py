@@ -7,17 +7,11 @@ communicate through PyTorch's key-value store.
 import functools
 import itertools
 import json
-import logging
 import os
-import signal
-import threading
 import time
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
-
-from src.checkpoint.interruption import SIGNALS
 
 RUN, SWEEP = "src.train", "src.train in a sweep"  # ROLE_NAME of the processes that src.runs.launch starts
 CONNECT_TIMEOUT = timedelta(minutes=10)
@@ -50,14 +44,23 @@ def world_size() -> int:
     return int(os.environ["SLURM_NTASKS"]) if _under_srun() else 1
 
 
-def restarts() -> int:
-    """How many times torchelastic has started the ranks again because one of them had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def job_id() -> str | None:
     """What all starts of this run's ranks by SLURM or torchelastic have in common."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if job == "none" else job  # torchrun's default
+
+
+@functools.cache
+def restarted() -> bool:
+    """Whether torchelastic has started the ranks again because one of them had ended. Every rank calls it: the agent of
+    a machine counts only the ends of its own."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if world_size() == 1:
+        return restarts > 0
+    _store().add("restarts", restarts)
+    _store().add("counted", 1)
+    _wait_until(lambda: _store().add("counted", 0) >= world_size())
+    return _store().add("restarts", 0) > 0
 
 
 def started_here() -> bool:
@@ -143,16 +146,3 @@ def reported_elsewhere(error: BaseException) -> bool:
     """Tell the other ranks that this one fails with ``error``. True if another rank or the launcher reports why."""
     first = first_to_fail()
     return not first or (started_here() and lost_peer(error.__cause__ or error))
-
-
-def be_quiet() -> None:
-    """Let a rank other than 0 print errors only."""
-    logging.getLogger().setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-
-
-def ignore_signals() -> None:
-    """At the end of a rank: a launcher signals the remaining ranks as soon as the first one has ended."""
-    if world_size() > 1 and threading.current_thread() is threading.main_thread():
-        for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)

@@ -34,10 +34,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     """PyTorch's ``fully_shard`` (Zhao et al. 2023, second edition) around each block and around the rest.
 
     Its checkpoints are those of a single device, in one file, written and read by the same plugin, or are written
-    ``in_parts`` (:mod:`src.checkpoint.parts`), while training goes on: by default where the one file would take more
-    than half of this host's memory. Either continues the other, with any number of ranks. Lightning's own number the
-    optimizer's state by the order of the parameters in the model, which is not that of the optimizer where some
-    parameters decay and others do not.
+    ``in_parts`` (:mod:`src.checkpoint.parts`), while training goes on: by default on several hosts, where the one file
+    would take more than half of the memory of one. Either continues the other, with any number of ranks. Lightning's
+    own number the optimizer's state by the order of the parameters in the model, which is not that of the optimizer
+    where some parameters decay and others do not.
     """
 
     def __init__(self, world_size: int = 1, in_parts: bool | None = None) -> None:
@@ -49,7 +49,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def in_parts(self) -> bool:
         assert self.model is not None
         needed = 3 * sum(parameter.numel() * parameter.itemsize for parameter in self.model.parameters())
-        return self.broadcast(needed > (host_memory() or math.inf) / 2 if self._asked is None else self._asked)
+        large = self.num_nodes > 1 and needed > (host_memory() or math.inf) / 2  # all parts of one host take as much
+        return self.broadcast(large if self._asked is None else self._asked)
 
     @functools.cached_property
     def _group(self) -> Any:
@@ -60,8 +61,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Accumulate gradients without reducing them over the ranks."""
         module: Any = self.lightning_module
         module.net.set_requires_gradient_sync(False)
-        yield
-        module.net.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            module.net.set_requires_gradient_sync(True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.model is not None

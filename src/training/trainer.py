@@ -20,6 +20,8 @@ from src.checkpoint.position import RunPosition
 from src.device import pick_accelerator, pick_precision
 from src.kernels.install import use_fast_kernels
 from src.kernels.training import compile_training, recompute_activations
+from src.model.architectures import ARCHITECTURES
+from src.model.gpt import GPT
 from src.training.config import TrainConfig
 from src.training.evaluation import NEVER, EvaluationSchedule
 from src.training.finite_guard import FiniteGuard
@@ -99,7 +101,8 @@ def build_module(
     when they are ``sharded`` where they will be."""
     torch.backends.cuda.enable_cudnn_sdp(config.attention == "auto")
     torch.manual_seed(config.seed)
-    with torch.device("meta") if sharded else nullcontext():
+    later = sharded and ARCHITECTURES[config.model.architecture] is GPT  # others may draw more than shard() does
+    with torch.device("meta") if later else nullcontext():
         module = PretrainingModule(
             config.model, config.optimizer, config.schedule, config.seed, total_steps, skip_batches
         )
