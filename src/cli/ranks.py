@@ -100,6 +100,8 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
         if not processes.restarted():
             return sys.argv[1:]
         arguments = processes.from_rank_zero(_started_again)
+        if not isinstance(arguments, list):
+            sys.exit(arguments)
         return [*arguments, "hydra.output_subdir=null"] if processes.rank() else arguments
     shared, most = (os.environ.get(f"TORCHELASTIC_{key}", "0") for key in ("USE_AGENT_STORE", "MAX_RESTARTS"))
     if shared == "True" and most != "0":  # restarted ranks would find what those before them have left there
@@ -116,15 +118,16 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
     return [*arguments, "hydra.output_subdir=null"]
 
 
-def _started_again() -> list[str]:
-    """The arguments of ranks that are started again: those of a run that is resumed, if it had begun. A run that is
-    completed or has stopped by itself is not repeated."""
+def _started_again() -> list[str] | int:
+    """The arguments of ranks that are started again: those of a run that is resumed, if it had begun; or the exit
+    status of a run that is completed, or whose loss would be non-finite again."""
     folder = Path(split_overrides(sys.argv[1:], "hydra.run.dir")[2][-1])
-    record = read_record(folder)
-    if record.get("status") == "completed" or str(record.get("error")).startswith(("ValueError", "NonFiniteError")):
-        sys.exit(record["status"] != "completed")
+    record, resumed = read_record(folder), any(key_of(argument) == "resume" for argument in sys.argv[1:])
+    if record.get("status") == "completed" and not resumed:
+        return 0
+    if str(record.get("error")).startswith("NonFiniteError"):
+        return 1
     print("a rank has ended, starting all again", file=sys.stderr)
-    resumed = any(key_of(argument) == "resume" for argument in sys.argv[1:])
     begun = bool(record) and not resumed
     own = [] if (folder / ".hydra").exists() else ["hydra.output_subdir=.hydra"]
     return [*sys.argv[1:], *[f"resume={quoted(folder)}"] * begun, *own]
