@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from src.checkpoint.pickles import MANIFEST, is_in_parts, printable
 from src.checkpoint.seal import DamagedError
@@ -57,10 +55,16 @@ def _damaged_file(folder: Path) -> str | None:
 
 def load_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill ``tensors``, sharded or whole, from ``folder``. Every rank calls it."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # takes a second without Lightning
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def _read_tensors(folder: Path, checkpoint: dict[str, Any], kinds: Collection[str]) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     reader = HuggingFaceStorageReader(str(folder))
     described: dict[str, Any] = reader.read_metadata().state_dict_metadata
     found: dict[str, Any] = {
