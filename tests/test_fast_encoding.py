@@ -2,7 +2,6 @@
 
 import json
 import sys
-import unicodedata
 
 import numpy as np
 import pytest
@@ -53,11 +52,11 @@ def test_same_tokens(both, texts):
 
 @pytest.mark.parametrize("both", ["parse"], indirect=True)
 def test_same_tokens_for_every_character(both):
-    """Between letters, digits, punctuation and white space, for Unicode's tables differ from version to version."""
-    assigned = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Co")]
-    assert len(assigned) > 140_000
-    for first in range(0, len(assigned), 4096):
-        fast, plain = both([f"{char}a{char}1{char} {char}\n" for char in assigned[first : first + 4096]])
+    """Letter, number, white space or other, for Unicode's tables differ from version to version: an apostrophe joins
+    the s behind it except after other characters."""
+    every = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    for first in range(0, len(every), 4096):
+        fast, plain = both([f"{char}'s {char}1\n" for char in every[first : first + 4096]])
         assert fast == plain
 
 
