@@ -54,8 +54,8 @@ def job_id() -> str | None:
 def restarted() -> bool:
     """Whether torchelastic has started the ranks again because one of them had ended. Every rank calls it: the agent of
     a machine counts only the ends of its own."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if world_size() == 1:
+    restarts, most = (int(os.environ.get(f"TORCHELASTIC_{key}", "0")) for key in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if world_size() == 1 or not most:
         return restarts > 0
     _store().add("restarts", restarts)
     _store().add("counted", 1)
