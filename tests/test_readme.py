@@ -233,6 +233,18 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch, small_weights):
         exec(block, {})
 
 
+def test_table_of_costs_is_what_its_script_prints(capsys):
+    text = section("conf/README.md", "Several devices and machines")
+    rows = re.findall(r"^\| .*? M \| ([\d,]+), .*, ([\d.]+) \|$", text, re.M)
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(script, {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rates = [float(line[2].replace(",", "")) for line in printed if line[1] == "1"]
+    shares = [line[-1] for line in printed if line[1] == "64"]
+    assert [(f"{float(f'{rate:.3g}'):,.0f}", share) for rate, share in zip(rates, shares, strict=True)] == rows
+    assert len(rows) == 4
+
+
 def apply(example: str, root: Path) -> None:
     """Write the files of ``example`` below ``root`` and change what its diffs change."""
     for path, kind, block in re.findall(r"`([\w/.]+)`:\n\n```(python|yaml|diff)\n(.*?)```", example, re.S):

@@ -10,7 +10,7 @@ from conftest import column, metrics_of
 from test_distributed import SAME, losses, wait_for_step
 
 from src.checkpoint.find import newest_good_checkpoint, read_checkpoint
-from src.checkpoint.parts import OPTIMIZER, WEIGHTS, read_checkpoint_of
+from src.checkpoint.parts import OPTIMIZER, WEIGHTS, read_file_or_parts
 from src.checkpoint.seal import DamagedError
 from src.cli import overrides as cli
 from src.interop.weights import read_weights
@@ -77,7 +77,7 @@ def test_parts_are_the_checkpoint_of_one_process(ranks, tmp_path, tiny_run):
     assert losses(parts, "val/loss")[0] == pytest.approx(metrics_of(whole)[0]["val/loss"], abs=1e-6)  # the same draws
 
     last = parts / "checkpoints" / "last.ckpt"
-    content = read_checkpoint_of(last, "ckpt_path", kinds=BOTH)
+    content = read_file_or_parts(last, "ckpt_path", kinds=BOTH)
     file = half.folder / "checkpoints" / "last.ckpt"
     single = read_checkpoint(file)
     assert single["global_step"] == content["global_step"] == 8
@@ -139,7 +139,7 @@ def test_interrupted_and_damaged(ranks, tmp_path):
         assert process.returncode == 0, err
     assert losses(cut) == losses(whole)
     ends = [
-        tensors_in(read_checkpoint_of(run / "checkpoints" / "last.ckpt", "ckpt_path", kinds=BOTH))
+        tensors_in(read_file_or_parts(run / "checkpoints" / "last.ckpt", "ckpt_path", kinds=BOTH))
         for run in (cut, whole)
     ]
     assert ends[0].keys() == ends[1].keys()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from src.checkpoint.parts import REST, read_checkpoint_of
+from src.checkpoint.parts import REST, read_file_or_parts
 from src.checkpoint.pickles import is_checkpoint, is_in_parts, printable
 from src.checkpoint.seal import DamagedError
 from src.files import link
@@ -23,13 +23,13 @@ def read_checkpoint(
     kinds: Collection[str] = (),
     verify: bool = True,
 ) -> dict[str, Any]:
-    """The content of a checkpoint; see :func:`~src.checkpoint.parts.read_checkpoint_of`. One in parts is read without
+    """The content of a checkpoint; see :func:`~src.checkpoint.parts.read_file_or_parts`. One in parts is read without
     tensors unless ``kinds`` names them.
 
     Raises:
         ValueError: as :func:`~src.checkpoint.storage.read_sealed`, or the file is not a checkpoint with an optimizer.
     """
-    content = read_checkpoint_of(path, key, unsealed, kinds, verify)
+    content = read_file_or_parts(path, key, unsealed, kinds, verify)
     if not (isinstance(content, dict) and content.get("optimizer_states") and "hyper_parameters" in content):
         raise ValueError(
             f"{key}={path} has no optimizer state to resume from; use weights={path} to start from its weights"

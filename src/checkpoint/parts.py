@@ -18,7 +18,7 @@ REST = "rest.ckpt"  # everything but the tensors, sealed
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer_states"
 
 
-def read_checkpoint_of(
+def read_file_or_parts(
     path: Path, key: str, unsealed: bool = False, kinds: Collection[str] = (), verify: bool = True
 ) -> Any:
     """What :func:`~src.checkpoint.storage.read_sealed` reads, or a checkpoint in parts: of its tensors, only the

@@ -78,9 +78,9 @@ def data_of_run(weights: str) -> dict[str, Any]:
     config = read_record(folder).get("config") if folder else None
     data = config.get("data") if isinstance(config, dict) else None
     if data is None and file.suffix == ".ckpt" and file.exists():
-        from src.checkpoint.parts import read_checkpoint_of  # imports PyTorch
+        from src.checkpoint.parts import read_file_or_parts  # imports PyTorch
 
-        content = read_checkpoint_of(file, "weights", unsealed=True, kinds=())
+        content = read_file_or_parts(file, "weights", unsealed=True, kinds=())
         run = content.get("run") if isinstance(content, dict) else None
         data = run.get("data") if isinstance(run, dict) else None
     return data if isinstance(data, dict) else {}

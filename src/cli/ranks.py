@@ -105,10 +105,8 @@ def agree_on_arguments(make: Callable[[], list[str]]) -> list[str]:
         return [*arguments, "hydra.output_subdir=null"] if processes.rank() else arguments
     shared, most = (os.environ.get(f"TORCHELASTIC_{key}", "0") for key in ("USE_AGENT_STORE", "MAX_RESTARTS"))
     if shared == "True" and most != "0":  # restarted ranks would find what those before them have left there
-        app.fail(
-            ["torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment; export it first"]
-            * (processes.rank() == 0)
-        )
+        problem = "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; export it first"
+        app.fail([] if processes.rank() else [problem])
     processes.restarted()  # by all ranks
     arguments = processes.from_rank_zero(make if processes.world_size() == 1 else lambda: _with_folder(make))
     if processes.rank() == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.find import newest_good_checkpoint
-from src.checkpoint.parts import WEIGHTS, read_checkpoint_of
+from src.checkpoint.parts import WEIGHTS, read_file_or_parts
 from src.checkpoint.storage import DamagedError, printable, write_sealed
 from src.interop.book import is_book, read_book
 from src.interop.hub import fetch
@@ -27,7 +27,7 @@ from src.tokenizer.table import FILE, to_json
 log = logging.getLogger(__name__)
 
 LONGEST_REASON = 500  # characters
-_read = functools.partial(read_checkpoint_of, unsealed=True, kinds=(WEIGHTS,))
+_read = functools.partial(read_file_or_parts, unsealed=True, kinds=(WEIGHTS,))
 
 
 def read_weights(weights: str | Path, key: str = "weights") -> tuple[GPTConfig, dict[str, Tensor]]:
