@@ -1,6 +1,7 @@
 """Training with weights, gradients and optimizer state sharded over the ranks (FSDP2)."""
 
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +28,8 @@ from src.checkpoint.pickles import is_in_parts
 from src.checkpoint.storage import refuse_non_finite
 from src.memory import host_memory
 
+log = logging.getLogger(__name__)
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -50,7 +53,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         needed = 3 * sum(parameter.numel() * parameter.itemsize for parameter in self.model.parameters())
         large = self.num_nodes > 1 and needed > (host_memory() or math.inf) / 2  # all parts of one host take as much
-        return self.broadcast(large if self._asked is None else self._asked)
+        chosen = self.broadcast(large if self._asked is None else self._asked)
+        if chosen:
+            log.info("checkpoints in parts: text samples and tasks, which need the whole model, are left out")
+        return chosen
 
     @functools.cached_property
     def _group(self) -> Any:
