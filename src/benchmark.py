@@ -14,6 +14,7 @@ from src.bench.config import BenchmarkConfig
 from src.cli import app
 from src.cli.overrides import unknown_trainer_arguments
 from src.cli.typed import built, typed
+from src.config import problems_of, refuse
 from src.data.config import SIZES, PrepareConfig, TokenizerConfig
 from src.files import write_json
 from src.runs import launch
@@ -29,27 +30,25 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
     config = typed(cfg, BenchmarkConfig)
     trainer = config.trainer.model_dump()
     found = [*unknown_trainer_arguments(trainer), *launch.problems_of_devices(trainer)]
+    if launch.planned_count(trainer) != 1 or trainer["devices"] in ("auto", "-1", -1):
+        found.append("one process is measured; use trainer.devices=1 trainer.num_nodes=1")
     if config.output and Path(config.output).exists():
         found.append(f"output={config.output} already exists; use output=<a new file>")
+    elif config.output:
+        found += problems_of(app.check_output, Path(config.output).parent)
     if config.source:
         from src.data.documents import find_sources
         from src.data.remote import is_remote
 
-        try:
-            if is_remote(config.source):
-                raise ValueError(f"source={config.source} is not on this machine; use source=<a local copy>")
-            find_sources(PrepareConfig(source=config.source).paths)
-        except ValueError as error:
-            found += str(error).splitlines()
+        if is_remote(config.source):
+            found.append(f"source={config.source} is not on this machine; use source=<a local copy>")
+        else:
+            found += problems_of(lambda: find_sources(PrepareConfig(source=config.source or "").paths))
     if config.tokenizer != TokenizerConfig():
         cure = f"tokenizer=gpt2 model.vocab_size={config.tokenizer.size or '<its tokens>'}"
         found.append(f"tokenizer={config.tokenizer.name} is not measured; use {cure}")
-    try:
-        config = config.accumulated(world_size=1)
-    except ValueError as error:
-        found.append(str(error))
-    if found:
-        raise ValueError("\n".join(found))
+    refuse([*found, *problems_of(config.accumulated, 1)])
+    config = config.accumulated(world_size=1)
     return config.changed(model=config.model.changed(vocab_size=config.model.vocab_size or SIZES["gpt2"]))
 
 
@@ -80,6 +79,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     for name in config.measure:
         found[name] = MEASURES[name](config, device, precision, built)
     if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), found)
     return found
 

@@ -16,7 +16,7 @@ from src.cli import app
 from src.cli.latest import latest_run
 from src.cli.quoting import quoted
 from src.cli.typed import typed
-from src.config import Config
+from src.config import Config, problems_of, refuse
 from src.runs.compare import BITS, compared_column, differences, figure_of, jobs_of, read_run, rows_of
 from src.runs.tables import cell, in_columns, write_table
 
@@ -50,12 +50,7 @@ def check(cfg: DictConfig) -> tuple[list[Path], Path]:
                 f"use python -m src.compare <run folders>"
             )
     output = Path(os.path.expanduser(config.output))
-    try:
-        app.check_output(output)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse([*problems, *problems_of(app.check_output, output)])
     return list(found), output
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from reprlib import repr as shortened
 from typing import Any, ClassVar, Self
 
@@ -87,6 +87,21 @@ LIMITS = {
     "less_than": ("below", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+
+
+def problems_of(act: Callable[..., Any], *given: Any) -> list[str]:
+    """The lines of the ValueError that ``act(*given)`` raises; none if it raises none."""
+    try:
+        act(*given)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise a ValueError with ``problems``, one per line, if there are any."""
+    if lines := list(problems):
+        raise ValueError("\n".join(lines))
 
 
 def override(key: str, value: Any) -> str:

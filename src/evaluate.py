@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from src.cli import app
 from src.cli.text_of_run import with_data_of_run
 from src.cli.typed import typed
+from src.config import problems_of, refuse
 from src.evaluation.config import PRECISIONS, EvaluationConfig, problems_of_tasks
 from src.files import write_json
 from src.interop.locate import locate
@@ -35,13 +36,7 @@ def check(cfg: DictConfig) -> EvaluationConfig:
         ValueError: every problem that can be found without reading weights, text or tasks, one per line.
     """
     config = typed(cfg, EvaluationConfig)
-    found = []
-    try:
-        locate(config.weights)
-    except ValueError as error:
-        found += str(error).splitlines()
-    if found := [*found, *problems_of_tasks(config.tasks, config.tasks_path)]:
-        raise ValueError("\n".join(found))
+    refuse([*problems_of(locate, config.weights), *problems_of_tasks(config.tasks, config.tasks_path)])
     return config
 
 

@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 from src.cli import app
 from src.cli.latest import with_latest_weights
 from src.cli.typed import typed
+from src.config import problems_of, refuse
 from src.interop.config import ExportConfig
-from src.interop.locate import WEIGHTS_FILE, problems_of_weights, run_folder
+from src.interop.locate import WEIGHTS_FILE, locate, run_folder
 from src.runs.record import read_record
 
 if TYPE_CHECKING:
@@ -37,16 +38,12 @@ def check(cfg: DictConfig) -> ExportConfig:
         ValueError: every problem that can be found without reading the weights, one per line.
     """
     config = typed(cfg, ExportConfig)
-    found = problems_of_weights(config.weights)
     output = Path(os.path.expanduser(config.output))
-    try:
-        if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"output={output} already exists; use output=<a new folder>")
-        app.check_output(output)
-    except ValueError as error:
-        found.append(str(error))
-    if found:
-        raise ValueError("\n".join(found))
+    if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
+        found = [f"output={output} already exists; use output=<a new folder>"]
+    else:
+        found = problems_of(app.check_output, output)
+    refuse([*problems_of(locate, config.weights), *found])
     return config
 
 

@@ -1,6 +1,7 @@
 """Files that are replaced whole or not at all, and folders that leave nothing behind."""
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -135,3 +136,9 @@ def remove_folder(folder: Path, *names: str) -> None:
     with suppress(OSError):  # stops at the first that is not empty
         for empty in [folder, *around]:
             empty.rmdir()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,10 @@ from src.cli import app
 from src.cli.latest import data_of_run, with_latest_weights
 from src.cli.quoting import as_meant
 from src.cli.typed import typed
+from src.config import problems_of, refuse
 from src.generation.config import GenerateConfig
 from src.generation.prompts import read_prompt, read_stdin
-from src.interop.locate import problems_of_weights
+from src.interop.locate import locate
 
 if TYPE_CHECKING:
     import tiktoken
@@ -33,19 +33,15 @@ def check(cfg: DictConfig, raw: RawTexts | None = None) -> GenerateConfig:
     """
     config = typed(cfg, GenerateConfig)
     config = config.changed(**{key: values for key, values in (raw or {}).items() if values})
-    found = problems_of_weights(config.weights)
+    found = problems_of(locate, config.weights)
     for file in config.prompt_file or ():
-        try:
-            read_prompt(file)
-        except ValueError as error:
-            found.append(str(error))
+        found += problems_of(read_prompt, file)
     texts = len(config.prompt or ()) + len(config.prompt_file or ())
     if config.inspect and texts != 1:
         found.append(f"inspect=true shows a single text and {texts} are given; use one prompt=<text>")
     if not texts and not (sys.stdin and sys.stdin.isatty()):
         found.append("prompt is needed without a terminal to ask for it; use prompt=<text>, or prompt=- to read stdin")
-    if found:
-        raise ValueError("\n".join(found))
+    refuse(found)
     return config
 
 
@@ -60,7 +56,7 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
     import torch
 
     from src.device import is_out_of_memory, pick_accelerator
-    from src.generation.text import check_vocabulary
+    from src.generation.text import ROWS, check_vocabulary
     from src.interop.weights import build, read_model
     from src.kernels.install import pack_for_decoding
     from src.tokenizer.encoding import unknown_characters
@@ -74,21 +70,25 @@ def generate(cfg: DictConfig, raw: RawTexts) -> None:
     check_vocabulary(net, model.tokenizer)
     if missing := unknown_characters("".join(prompts), model.tokenizer, config.special_tokens):
         print(f"not in the tokenizer {model.tokenizer.name}, read as U+FFFD: {missing[:20]!r}", file=sys.stderr)
-    if sys.stdout is None:  # closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  # a text file
     try:
         if prompts:
             _continue(net, model.tokenizer, prompts, config)
         else:
             _converse(net, model.tokenizer, config)
-    except BrokenPipeError:  # the reader of our texts has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads the texts any more
+        pass
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        key = "num_beams" if config.num_beams > 1 else "num_samples"
-        less = f"{key}={getattr(config, key) // 2}" if getattr(config, key) > 1 else "weights=<a smaller model>"
+        if len(prompts) > 1:
+            less = "one prompt at a time"
+        elif config.num_beams > 1:
+            less = f"num_beams={config.num_beams // 2}"
+        elif config.num_samples > 1:
+            less = f"num_samples={min(config.num_samples, ROWS) // 2}"
+        else:
+            less = "weights=<a smaller model>"
         raise ValueError(f"out of memory; use {less}") from error
 
 
@@ -116,7 +116,7 @@ def _continue(
             tokenizer=tokenizer,
             special_tokens=config.special_tokens,
             on_text=stream if streamed else None,
-            on_step=Inspection() if config.inspect else None,
+            on_step=Inspection(tokenizer) if config.inspect else None,
             first=first,
         )
     finally:
@@ -146,6 +146,8 @@ def _converse(net: GPT, tokenizer: tiktoken.Encoding, config: GenerateConfig) ->
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+    if getattr(sys.stdout, "lost", False):
+        raise BrokenPipeError
 
 
 def with_special_tokens_of_run(overrides: list[str]) -> list[str]:

@@ -4,9 +4,10 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
@@ -45,13 +46,13 @@ def host_memory() -> int | None:
 
 def _groups() -> Iterator[tuple[int, int]]:
     """The limit of each control group, and what is left of it."""
-    mine = Path("/proc/self/cgroup")
-    for line in mine.read_text().splitlines() if mine.exists() else ():
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
         _, kinds, path = line.split(":", 2)
         if kinds not in ("", "memory"):  # version 2, version 1
             continue
         root, names = (CGROUP, ("memory.max", "memory.current")) if not kinds else (CGROUP / "memory", VERSION_1)
-        for folder in {root, root / path.strip("/")}:
+        group = PurePosixPath(path.strip("/"))
+        for folder in (root / part for part in (group, *group.parents)):
             with suppress(OSError, ValueError):  # "max", or a group that this container does not see
                 limit, used = (int((folder / name).read_text()) for name in names)
                 cache = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.cli import app
 from src.cli.overrides import CONF
 from src.cli.typed import typed
+from src.config import problems_of, refuse
 from src.data.config import PrepareConfig
 from src.data.manifest import Part, unfinished_parts
 
@@ -27,32 +28,25 @@ def check(cfg: DictConfig) -> PrepareConfig:
     config = _config(cfg)
     from src.data.documents import find_sources
 
-    found = []
-    try:
-        Part.parse(config.part).of(find_sources(config.paths))
-    except ValueError as error:
-        found.append(str(error))
-    try:
-        if not config.dry_run:
-            app.check_output(config.folder)
-    except ValueError as error:
-        found.append(str(error))
-    if found:
-        raise ValueError("\n".join(found))
+    found = problems_of(lambda: Part.parse(config.part).of(find_sources(config.paths)))
+    if not config.dry_run:
+        found += problems_of(app.check_output, config.folder)
+    refuse(found)
     return config
 
 
 def _config(cfg: DictConfig) -> PrepareConfig:
     """``cfg`` as a frozen config. ``source=<name>`` takes the section ``prepare`` of ``conf/data/<name>.yaml``, except
-    for keys that ``cfg`` sets."""
+    for keys whose values in ``cfg`` are not the defaults."""
     config = typed(cfg, PrepareConfig)
     name = config.source if isinstance(config.source, str) else ""
     file = CONF / "data" / f"{name}.yaml"
     if Path(name).name != name or not file.is_file():
         return config
     corpus: Any = OmegaConf.to_container(OmegaConf.load(file))
+    default = {key: field.default for key, field in PrepareConfig.model_fields.items()} | {"source": name}
     values = corpus.get("prepare", {}).items()
-    return config.changed(**{key: value for key, value in values if key == "source" or getattr(config, key) is None})
+    return config.changed(**{key: value for key, value in values if getattr(config, key) == default[key]})
 
 
 def prepare(cfg: DictConfig) -> None:

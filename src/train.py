@@ -17,6 +17,7 @@ from src.cli.quoting import command_line, resume_override
 from src.cli.resume import COMMAND
 from src.cli.sweep import resumed_sweep
 from src.cli.typed import built, typed
+from src.config import problems_of, refuse
 from src.interop.locate import locate
 from src.runs import launch, processes
 from src.runs.record import RunRecord, read_record
@@ -49,13 +50,10 @@ def check(cfg: DictConfig) -> TrainConfig:
     config = typed(cfg, TrainConfig)
     trainer = config.trainer.model_dump()
     found = [*unknown_trainer_arguments(trainer), *launch.problems_of_devices(trainer)]
-    try:
-        if not (config.weights or config.ckpt_path):
-            config.accumulated(launch.planned_count(trainer))
-        if config.weights and not config.resume:
-            locate(config.weights)
-    except ValueError as error:
-        found += str(error).splitlines()
+    if not (config.weights or config.ckpt_path):
+        found += problems_of(config.accumulated, launch.planned_count(trainer))
+    if config.weights and not config.resume:
+        found += problems_of(locate, config.weights)
     if config.max_restarts and processes.world_size() > 1 and not processes.started_here():
         found.append(
             f"max_restarts={config.max_restarts} is not for ranks that another program starts; use max_restarts=0, and "
@@ -66,8 +64,7 @@ def check(cfg: DictConfig) -> TrainConfig:
             f"ckpt_path={config.ckpt_path} is not a file (seen from {Path.cwd()}); "
             f"use ckpt_path=<run folder>/checkpoints/last.ckpt"
         )
-    if found:
-        raise ValueError("\n".join(found))
+    refuse(found)
     return config
 
 

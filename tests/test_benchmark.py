@@ -155,6 +155,9 @@ BAD = {
     "measure=[preparation]": "source=<a txt",
     "source=nowhere.txt": "source=nowhere.txt does not exist",
     "output=LICENSE": "output=<a new file>",
+    "output=LICENSE/b.json": "output=<a folder elsewhere>",
+    "trainer.devices=2": "one process is measured; use trainer.devices=1",
+    "trainer=ddp": "one process is measured; use trainer.devices=1",
     "weights=gpt2": "weights=gpt2 makes no difference to speed; leave it out",
     "peers_precision=fp8": "peers_precision=32-true",
 }

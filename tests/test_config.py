@@ -194,6 +194,7 @@ GOOD = [
     "++model.n_layers=3",
     "+callbacks.mine={_target_:lightning.pytorch.callbacks.Timer,interval:step} callbacks.mine.interval=epoch",
     "-m +tags=a,b",
+    "~experiment",
 ]
 
 
@@ -336,3 +337,16 @@ def test_changed_keeps_what_a_user_added():
     assert (changed.trainer.accumulate_grad_batches, config.trainer.accumulate_grad_batches) == (2, 1)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 1
+
+
+@pytest.mark.parametrize("wrong", ["nosuch=1", "optimizer=nosuch"])
+def test_the_config_of_a_wrong_override_is_not_printed(command, wrong):
+    status, out, err = command("train", "--cfg", "job", wrong)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ") and "nosuch" in err and err.count("\n") == 1
+
+
+def test_a_name_that_is_too_long_for_the_system(command):
+    status, _, err = command("train", f"resume={'x' * 300}")
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1

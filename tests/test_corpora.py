@@ -26,6 +26,7 @@ from src.data import hub, shard_writer
 from src.data.config import DataConfig, PrepareConfig
 from src.data.manifest import MANIFEST
 from src.data.prepare import FETCHED, prepare_shards
+from src.data.remote import RemoteFile
 from src.data.shards import HEADER, header
 from src.data.tokens import read_split
 from src.tokenizer import encode, gpt2_tokenizer
@@ -183,6 +184,13 @@ def manifest_in(folder: Path) -> dict:
 
 def fetched(served) -> list[str]:
     return [path.removeprefix("/store/") for method, path, _ in served.asked if method == "GET" and "/store/" in path]
+
+
+def test_addresses_that_differ_in_their_query_have_places_of_their_own(tmp_path):
+    queries = ["", "?part=1", "?part=2"]
+    places = {RemoteFile(f"https://example.org/a/b.txt{query}", 3).place(tmp_path) for query in queries}
+    assert len(places) == 3
+    assert {place.name for place in places} == {"b.txt"}
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "txt"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src import device
+from src import device, memory
 
 
 def test_precision_follows_the_hardware(monkeypatch):
@@ -32,3 +32,16 @@ def test_accelerator_is_picked_as_lightning_does(monkeypatch, cuda, mps, auto):
                 device.pick_accelerator(absent)
     else:
         assert device.pick_accelerator("gpu") == auto
+
+
+def test_the_tightest_control_group_counts(tmp_path, monkeypatch):
+    """SLURM limits a job and its step, and puts the processes into tasks below."""
+    (tmp_path / "job" / "step" / "task").mkdir(parents=True)
+    for group, limit in {"job": "max", "job/step": f"{2**20}"}.items():
+        for name, value in {"memory.max": limit, "memory.current": "1000", "memory.stat": "inactive_file 24\n"}.items():
+            (tmp_path / group / name).write_text(value)
+    (tmp_path / "own").write_text("0::/job/step/task\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    assert memory.host_memory() == 2**20
+    assert memory.free_memory() == 2**20 - 1000 + 24

@@ -275,19 +275,19 @@ def test_shares_of_evaluation_count_each_window_once(length, batch_size, ranks):
 def test_position_is_behind_the_same_windows(before, now, done, behind, data):
     """Also for batches to be left out, of which those of another size may only be more."""
     windows = done * math.lcm(before, now)
-    skipped = data.draw(st.sets(st.integers(0, 20)))
+    skipped, asked = data.draw(st.sets(st.integers(0, 20))), data.draw(st.sets(st.integers(0, 20)))
     count = dict.fromkeys(("ready", "started", "processed"), windows // before) | {
         "completed": windows // before - behind
     }
     progress = {"total": dict(count), "current": dict(count)}
     checkpoint = {"batch_windows": before, "skipped_batches": sorted(skipped)}
     checkpoint["loops"] = {"fit_loop": {"epoch_loop.batch_progress": progress}}
-    left = start.Start(SimpleNamespace(skip_batches=()), Path("x"), checkpoint).skip_batches(now)
+    left = start.Start(SimpleNamespace(skip_batches=tuple(asked)), Path("x"), checkpoint).skip_batches(now)
     rescale_position(checkpoint, now)
     for count in progress.values():
         assert count["ready"] == count["started"] == count["processed"] == windows / now == count["completed"] + behind
     left_out = {at for batch in left for at in range(batch * now, (batch + 1) * now)}
-    poisoned = {at for batch in skipped for at in range(batch * before, (batch + 1) * before)}
+    poisoned = {at for batch in skipped | asked for at in range(batch * before, (batch + 1) * before)}
     assert poisoned <= left_out
     assert {at // now for at in poisoned} == set(left)
 

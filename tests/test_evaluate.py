@@ -206,6 +206,18 @@ def test_weights_of_no_run_or_of_several_ask_for_a_text(tiny_run, command, small
     assert with_data_of_run(both) == ["-m", f"++data.path='{text}'", both[1]]
     both = [f"weights={other}", "--cfg", "job"]
     assert with_data_of_run(both) == [f"++data.path='{text}'", "++data.train_ratio=0.8", *both]
+    named = one.rename(tmp_path / "my,run")
+    assert with_data_of_run([f"weights={named}"])[0] == f"++data.path='{text}'"
+
+
+def test_what_names_the_text_comes_from_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.txt").touch()
+    data = {"path": "deep/**/*.txt", "train_shards": 3, "seed": 7, "stride": 2}
+    (tmp_path / "run.json").write_text(json.dumps({"overrides": [], "config": {"data": data}}))
+    weights = f"weights={tmp_path}"
+    assert with_data_of_run([weights]) == ["++data.path='deep/**/*.txt'", "++data.train_shards=3", weights]
 
 
 def test_a_loss_that_is_no_number(command, small_net, text, tmp_path):

@@ -181,9 +181,18 @@ def test_inspection(command, small_weights):
         assert 0 < sum(shares) <= 100
 
 
+def test_inspection_is_of_the_weights_own_tokens(command, tiny_run, tmp_path):
+    (tmp_path / "few.txt").write_text("abba " * 40)
+    run = tiny_run("tokenizer=char", f"data.path={tmp_path / 'few.txt'}", "callbacks=none", "trainer.max_steps=1")
+    status, _, err = command("generate", f"weights={run.folder}", "prompt=ab", "max_new_tokens=1", "inspect=true")
+    assert status == 0, err
+    assert {line.split("  ")[-1] for line in err.splitlines()[1:]} >= {"'a'", "'b'", "' '"}
+
+
 def test_whoever_reads_the_texts_may_leave(small_weights, tmp_path):
     done = subprocess.run(
-        f"{sys.executable} -m src.generate weights={small_weights} prompt=So num_samples=9 | head -c 5",
+        f"{sys.executable} -m src.generate weights={small_weights} prompt=So max_new_tokens=100000 "
+        "| head -c 5",
         shell=True, capture_output=True, cwd=tmp_path, timeout=120,
         env={**os.environ, "PYTHONPATH": str(cli.CONF.parent)},
     )  # fmt: skip
@@ -202,7 +211,7 @@ BAD = {
     "weights='~nosuch/x' prompt=So": "none of gpt2",
     "weights=ü.pt prompt=So": "\"weights='ü.pt'\"",
     "weights=W prompt=So seed=99999999999999999999": "seed=123",
-    "weights=W prompt=So generation=beam length_penalty=1000": "length_penalty=1.0",
+    "weights=W prompt=So generation=beam length_penalty=100": "length_penalty=1.0",
     "weights=W prompt=So repetition_penalty=1e-40": "repetition_penalty=1.0",
     "weights=W prompt=So hydra.run.dir=src": "hydra.run.dir=<a new folder>",
     "weights=W prompt=So temperature=-1": "temperature=1.0",

@@ -12,6 +12,7 @@ from src.cli.typed import typed
 from src.model.architectures import count_parameters
 from src.runs import batch_size, plan
 from src.runs.batch_size import with_batches
+from src.training import step_cost
 from src.training.config import TrainConfig
 from src.training.step_cost import estimate_memory
 
@@ -108,6 +109,13 @@ def test_the_largest_batch_that_fits_divides_the_step(monkeypatch, tiny_run):
 
 def test_a_batch_that_does_not_fit_is_found_out_in_another_process():
     assert not batch_size._fits(config_of("model.emb_dim=100000", *LONG), torch.device("cpu"), "32-true")
+
+
+def test_what_fits_has_made_a_step_with_the_state_of_the_optimizer(monkeypatch):
+    acts = []
+    monkeypatch.setattr(step_cost, "seconds_of", lambda act, _: acts.append(act.__name__) or act() or 0.0)
+    step_cost.measure_step(config_of(*LONG), torch.device("cpu"), "32-true", seconds=0)
+    assert acts == ["batch", "update", "evaluation"] * 2
 
 
 def test_a_resumed_run_keeps_the_batch_that_it_found(tiny_run, monkeypatch):

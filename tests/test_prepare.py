@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from src.cli.overrides import CONF
 from src.data import documents, prepare, progress, shard_writer
-from src.data.config import PrepareConfig
+from src.data.config import PrepareConfig, TokenizerConfig
 from src.data.manifest import MANIFEST
 from src.data.pipeline import merged
 from src.data.prepare import prepare_shards
@@ -71,9 +72,10 @@ def write(path: Path, texts: list[str]) -> Path:
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(path.read_bytes()))
     elif path.suffix == ".zst":
-        compressor = pytest.importorskip("zstandard").ZstdCompressor()
+        pyarrow = pytest.importorskip("pyarrow")
         whole = path.read_bytes()
-        path.write_bytes(compressor.compress(whole[:99]) + compressor.compress(whole[99:]))  # two frames
+        frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (whole[:99], whole[99:])]
+        path.write_bytes(b"".join(frames))
     return path
 
 
@@ -274,7 +276,7 @@ BROKEN = {  # name, content, a part of the message
     "empty": ("a.txt", b"", "is empty"),
     "no document": ("a.jsonl", b"\n \n", "source holds no document"),
     "other format": ("a.csv", b"text", "a.csv is none of .txt, .jsonl, .parquet"),
-    "packed parquet": ("a.parquet.gz", b"PAR1", "unpack it, then use source=a.parquet"),
+    "packed parquet": ("a.parquet.gz", b"PAR1", "a.parquet.gz is compressed parquet; use source=<the file, unpacked>"),
     "too little": ("a.txt", b"a b c", "val_tokens=50 leaves nothing of the 4 tokens for training; use val_tokens=0"),
 }
 
@@ -313,8 +315,11 @@ def test_a_small_file_that_unfolds_to_a_gigabyte_takes_little_memory(tmp_path, n
     if name.endswith(".gz"):
         packed = gzip.compress(begin) + gzip.compress(block) * 64
     else:
-        compressor = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
-        packed = b"".join([compressor.compress(part) for part in [begin, *[block] * 64]]) + compressor.flush()
+        pyarrow = pytest.importorskip("pyarrow")
+        with pyarrow.CompressedOutputStream(sink := pyarrow.BufferOutputStream(), "zstd") as stream:
+            for part in [begin, *[block] * 64]:
+                stream.write(part)
+        packed = sink.getvalue().to_pybytes()
     (tmp_path / name).write_bytes(packed)
     assert len(packed) < 2**21
     code = (
@@ -350,9 +355,9 @@ def test_broken_parquet_and_zstandard_are_one_line(tmp_path):
     assert "cut.parquet cannot be read as parquet" in refused(config(tmp_path / "cut.parquet", tmp_path / "o4"))
     packed = write(tmp_path / "a.jsonl.zst", TEXTS)
     packed.write_bytes(packed.read_bytes()[:-5])
-    assert "incomplete (it ends in the middle of a frame)" in refused(config(packed, tmp_path / "o5"))
+    assert "cannot be read (Truncated compressed stream)" in refused(config(packed, tmp_path / "o5"))
     packed.write_bytes(b"no zstandard at all")
-    assert "is damaged or incomplete" in refused(config(packed, tmp_path / "o6"))
+    assert "cannot be read (ZSTD decompress failed" in refused(config(packed, tmp_path / "o6"))
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
@@ -394,6 +399,16 @@ def test_full_disk_is_one_line_and_can_be_continued(tmp_path, monkeypatch):
         assert "No space left on device" in refused(config(source, output))
     prepare_shards(config(source, output))
     assert tokens_in(output) == EXPECTED
+
+
+def test_full_disk_at_the_very_end(tmp_path, monkeypatch):
+    asked = config(json_lines(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer=TokenizerConfig(name="byte"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer.ShardWriter, "finish", raised := Mock(side_effect=OSError(28, "No space left")))
+        assert "repeat the command, which continues" in refused(asked)
+    assert raised.called
+    prepare_shards(asked)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):

@@ -58,14 +58,14 @@ NAMES = {
 def test_others_shards_train_and_validate_by_their_names(tmp_path, names):
     files = sorted(names.split())
     lengths = [shard(tmp_path / name, np.full(10 + number, number)) for number, name in enumerate(files)]
-    train, val, _ = read_shards(str(tmp_path), 0.75, gpt2_tokenizer())
+    train, val, sha256 = read_shards(str(tmp_path), 0.75, gpt2_tokenizer())
     whole = np.repeat(np.arange(len(files)), lengths)
     cut = int(0.75 * len(whole))
     validates = np.isin(whole, NAMES[names]) if NAMES[names] else np.arange(len(whole)) >= cut
     assert train[:].tolist() == whole[~validates].tolist()
     assert val[:].tolist() == whole[validates].tolist()
-    everything, nothing, _ = read_shards(str(tmp_path / "*.bin"), 1.0, gpt2_tokenizer())
-    assert (everything[:].tolist(), len(nothing)) == (whole.tolist(), 0)
+    everything, nothing, again = read_shards(str(tmp_path / "*.bin"), 1.0, gpt2_tokenizer())
+    assert (everything[:].tolist(), len(nothing), again) == (whole.tolist(), 0, sha256)
 
 
 BROKEN = {

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from src.config import refuse
 from src.training.config import TrainConfig
 
 PEERS = {"book": "llms_from_scratch", "transformers": "transformers", "litgpt": "litgpt"}
@@ -41,6 +42,5 @@ class BenchmarkConfig(TrainConfig):
         longest = self.model.context_length - PROMPT
         if "generation" in self.measure and self.new_tokens > longest:
             found.append(f"new_tokens={self.new_tokens} do not fit the context; use new_tokens={longest}")
-        if found:
-            raise ValueError("\n".join(found))
+        refuse(found)
         return self

@@ -33,7 +33,7 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The mean over the run so far; None before its first logged step."""
+        """The mean over the run so far; None before its first step."""
         return self.tokens / self.seconds if self.seconds and self.tokens else None
 
     def state_dict(self) -> dict[str, float]:
@@ -72,10 +72,10 @@ class Throughput(Callback):
             return
         self._stop(trainer)
         self._running_since = _clock(trainer)
+        self.tokens = pl_module.tokens_seen - self._tokens_before
         every = trainer.log_every_n_steps
         if not every or trainer.global_step % every:
             return
-        self.tokens = pl_module.tokens_seen - self._tokens_before
         seconds, tokens = self._logged
         if self.seconds > seconds:
             rate = (self.tokens - tokens) / (self.seconds - seconds)

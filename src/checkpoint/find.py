@@ -11,7 +11,6 @@ import torch
 from src.checkpoint.parts import REST, read_file_or_parts
 from src.checkpoint.pickles import is_checkpoint, is_in_parts, printable
 from src.checkpoint.seal import DamagedError
-from src.files import link
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +64,6 @@ def newest_good_checkpoint(
         except ValueError as error:
             log.warning("%s, looking for an older one", _problem(error))
     return None
-
-
-def make_last(path: Path) -> None:
-    """Make ``last.ckpt`` the same file as ``path`` in its folder, so that it is where the run resumed."""
-    if path.name != "last.ckpt":
-        link(path, path.with_name("last.ckpt"))
 
 
 def _claimed_step(path: Path) -> float:

@@ -1,6 +1,5 @@
 """Checkpoints in parts: folders into which each rank of a sharded model has written its own tensors."""
 
-import hashlib
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from src.checkpoint.pickles import MANIFEST, is_in_parts, printable
 from src.checkpoint.seal import DamagedError
 from src.checkpoint.storage import read_sealed
-from src.files import read_json
+from src.files import read_json, sha256_of
 
 REST = "rest.ckpt"  # everything but the tensors, sealed
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer_states"
@@ -92,8 +91,3 @@ def tensors_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         for moment, tensor in state.items()
     }
     return {f"{WEIGHTS}.{name}": tensor for name, tensor in checkpoint[WEIGHTS].items()} | moments
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -11,10 +11,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from src.checkpoint.parts import OPTIMIZER, REST, WEIGHTS, sha256_of, tensors_of
+from src.checkpoint.parts import OPTIMIZER, REST, WEIGHTS, tensors_of
 from src.checkpoint.pickles import MANIFEST
 from src.checkpoint.storage import write_sealed
-from src.files import flush, link, remove, write_json, write_text
+from src.files import flush, link, remove, sha256_of, write_json, write_text
 
 FILES = 8  # of each rank
 

@@ -56,7 +56,7 @@ def launch(
             arguments = agree(lambda: _checked_arguments(config_name, check, rewrite))
         except Exception as error:
             told = getattr(error, "told", False)  # by another process of this run
-            if not told and not isinstance(error, ValueError):
+            if not told and not isinstance(error, ValueError | OSError):
                 raise
             fail([] if told else str(error).splitlines())
         if {"-h", "--help"} & set(arguments):
@@ -70,6 +70,8 @@ def launch(
             if not interrupted.told:
                 print(f"stopped by {interrupted.signal.name}", file=sys.stderr)
             raise
+        except (HydraException, OmegaConfBaseException) as error:  # of --cfg, which nothing has checked
+            fail([composition_error(error, config_name)])
         except OSError as error:  # before the task begins, Hydra writes the config into the run folder
             where = f"{error.filename or ''} {error.strerror}".strip()
             fail([f"{where}; use hydra.run.dir=<a folder that can be written to>"])
@@ -170,7 +172,7 @@ def _checked_arguments(config_name: str, check: Check, rewrite: Callable[[list[s
             fail([f"{name!a} is not UTF-8; {cure}"])
     try:
         arguments = rewrite(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error).splitlines())
     if problems := find_problems(config_name, arguments, check):
         fail(problems)

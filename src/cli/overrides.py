@@ -128,9 +128,9 @@ def _is_group(override: Override) -> bool:
 
 
 def _wrong_choice(override: Override) -> list[str]:
-    if not _is_group(override):
-        return []
     key = override.key_or_group
+    if not _is_group(override) or override.is_delete():
+        return []
     choices = sorted(file.stem for file in (CONF / key).glob("*.yaml"))
     return [
         f"{key}={value} does not exist; use {key}={nearest(str(value), choices)} (there are: {', '.join(choices)})"

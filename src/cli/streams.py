@@ -9,10 +9,11 @@ from typing import Any, TextIO
 
 class LastingStream:
     """``stream`` until a write fails, because a pipe has lost its reader or the terminal was closed; afterwards it
-    discards everything."""
+    discards everything and is ``lost``."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost = False
 
     def write(self, text: str) -> int:
         try:
@@ -28,6 +29,7 @@ class LastingStream:
             self._discard()
 
     def _discard(self) -> None:
+        self.lost = True
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())  # also for what the stream has buffered, and for other writers
         os.close(nothing)

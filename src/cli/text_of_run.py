@@ -12,18 +12,8 @@ from src.cli.quoting import as_meant, quoted
 from src.cli.typed import typed
 from src.data.config import DataConfig
 
-TEXT_KEYS = (
-    "format",
-    "path",
-    "url",
-    "mirrors",
-    "sha256",
-    "size",
-    "train_ratio",
-    "special_tokens",
-    "cache_dir",
-    "batch_size",
-)  # of data: what is taken over from a run
+# Keys of data that say neither what the text is nor how it is split.
+OTHER_KEYS = {"prepare", "context_length", "stride", "shuffle", "shift", "num_workers", "seed"}
 ANOTHER_TEXT = "use data=story, or data=text data.path=<a text>"
 
 
@@ -40,13 +30,15 @@ def with_data_of_run(overrides: list[str]) -> list[str]:
     if "weights" not in given or "data" in given or {"-h", "--help"} & set(overrides):
         return overrides
     weights = f"weights={given['weights']}"
-    texts = [data_of_run(as_meant(one)) for one in given["weights"].split(",")]
+    several = given["weights"].split(",") if given["weights"][:1] not in ("'", '"') else [given["weights"]]
+    texts = [data_of_run(as_meant(one)) for one in several]
     own = texts[0] if all(text == texts[0] for text in texts) else {}
     if not own and "data.path" not in given:
         reason = "were not trained on one text" if any(texts) else "do not say which text they were trained on"
         raise ValueError(f"{weights} {reason}; {ANOTHER_TEXT}")
     path = own.get("path")
-    if path and "data.path" not in given and not (os.path.exists(os.path.expanduser(path)) or glob.glob(path)):
+    gone = path and not (os.path.exists(os.path.expanduser(path)) or glob.glob(path, recursive=True))
+    if gone and "data.path" not in given:
         raise ValueError(
             f"data.path={path}, which {weights} was trained on, does not exist (seen from {Path.cwd()}); "
             f"use data.path=<where it is now>, or data=<another text>"
@@ -54,8 +46,8 @@ def with_data_of_run(overrides: list[str]) -> list[str]:
     default = dict(typed(compose("evaluate", ["data.path=null"]).data, DataConfig))
     added = [
         f"++data.{key}={_as_value(own[key])}"
-        for key in TEXT_KEYS
-        if key in own and f"data.{key}" not in given and (key == "path" or own[key] != default[key])
+        for key in default
+        if key in own.keys() - OTHER_KEYS and f"data.{key}" not in given and (key == "path" or own[key] != default[key])
     ]
     at = next(place for place, override in enumerate(overrides) if "=" in override)  # after Hydra's own flags
     return [*overrides[:at], *added, *overrides[at:]]

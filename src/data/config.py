@@ -1,5 +1,6 @@
 """The configurations of the data module and of src.prepare."""
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +70,14 @@ class DataConfig(Config):
             raise ValueError(f"data.path=null names no shards; {self.cure_for_no_shards}")
         return self
 
+    def fixed_values(self, context_length: int) -> dict[str, Any]:
+        """What a resumed run with windows of ``context_length`` tokens may not change, by override: its batches depend
+        on it."""
+        keys = ["batch_size", "train_ratio", "shuffle", "shift", *["special_tokens"] * (self.format == "text")]
+        values = {key: getattr(self, key) for key in keys}
+        values |= {"context_length": context_length, "stride": self.stride or context_length}
+        return {f"data.{key}": value for key, value in values.items()}
+
     @property
     def cure_for_no_shards(self) -> str:
         if self.prepare is None:
@@ -116,7 +125,7 @@ class PrepareConfig(Config):
     @property
     def folder(self) -> Path:
         assert self.output is not None
-        return Path(self.output).expanduser()
+        return Path(os.path.expanduser(self.output))
 
     @property
     def paths(self) -> list[str]:

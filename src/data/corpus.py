@@ -6,6 +6,7 @@ Text is read, checked and hashed block by block and never held as a whole, so it
 import codecs
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def _text_files(path: str) -> list[Path]:
     try:
         return find_files(path, "data.path", (".txt",))
     except ValueError:
-        folder = Path(path).expanduser()
+        folder = Path(os.path.expanduser(path))
         if folder.is_dir() and any(file.name.endswith(PREPARED) for file in folder.rglob("*")):
             raise ValueError(_to_prepare(folder)) from None
         raise

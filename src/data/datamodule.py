@@ -28,7 +28,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
     SIGTERM ends a worker after a minute, since it is also what the run sends to workers that hang.
     """
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
@@ -173,19 +173,9 @@ class TextDataModule(LightningDataModule):
 
     def fixed_values(self) -> dict[str, Any]:
         """The settings that a resumed run may not change, since its batches depend on them, by override."""
-        config = self.config
-        keys = [
-            "batch_size",
-            "train_ratio",
-            "shuffle",
-            "shift",
-            *(["special_tokens"] if config.format == "text" else []),
-        ]
-        values = {key: getattr(config, key) for key in keys}
-        values |= {"context_length": self.context_length, "stride": config.stride or self.context_length}
         return {
-            **{f"data.{key}": value for key, value in values.items()},
-            "seed": config.seed,
+            **self.config.fixed_values(self.context_length),
+            "seed": self.config.seed,
             "tokenizer": self.tokenizer.name,
             "data_sha256": self.corpus_sha256,
         }

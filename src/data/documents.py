@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.data.compressed import blocks_of
+from src.config import refuse
 from src.data.corpus import BLOCK, decoded
 from src.data.files import find_files
 from src.data.progress import Progress
@@ -18,7 +18,7 @@ from src.data.remote import RemoteFile, find_remote, is_remote
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 ENDINGS = tuple(form + packing for form in FORMATS for packing in ("", ".gz", ".zst"))
-NEEDS = {".parquet": "pyarrow", ".zst": "zstandard"}
+NEEDS = {".parquet": "pyarrow", ".zst": "pyarrow"}
 ROWS = 64  # of a parquet file, decoded at a time
 LINE = 2**25  # bytes of a line of JSON at most, which is held in memory as a whole, several times over
 
@@ -42,18 +42,17 @@ def find_sources(paths: list[str]) -> list[Path | RemoteFile]:
         except ValueError as error:
             found.append(str(error))
     for file in files:
+        name = file.address if isinstance(file, RemoteFile) else file
         if not file.name.endswith(ENDINGS):
-            name = file.address if isinstance(file, RemoteFile) else file
             found.append(f"source: {name} is none of {', '.join(FORMATS)} (.gz, .zst); use source=<such files>")
         elif file.name.endswith((".parquet.gz", ".parquet.zst")):
-            found.append(f"source: {file} is compressed parquet; unpack it, then use source={Path(file.name).stem}")
+            found.append(f"source: {name} is compressed parquet; use source=<the file, unpacked>")
     if files and not found and all(size_of(file) == 0 for file in files):
         found.append(f"source={','.join(paths)} is empty; use source=<files with text>")
     for ending, package in NEEDS.items():
         if any(file.name.endswith(ending) for file in files) and importlib.util.find_spec(package) is None:
             found.append(f'source: {ending} files need {package}; use pip install -e ".[data]"')
-    if found:
-        raise ValueError("\n".join(found))
+    refuse(found)
     return files
 
 
@@ -96,9 +95,26 @@ def _explained(file: Path) -> Iterator[None]:
         raise _bad(file, f"cannot be read ({error.strerror or error})", "source=<a whole, readable file>") from None
 
 
+def _blocks_of(file: Path, progress: Progress) -> Iterator[bytes]:
+    """The content of ``file``, decompressed, block by block."""
+    with file.open("rb") as packed:
+        stream = packed
+        if file.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=packed)
+        elif file.suffix == ".zst":
+            import pyarrow
+
+            stream = pyarrow.CompressedInputStream(packed, "zstd")
+        before = 0
+        for block in iter(lambda: stream.read(BLOCK), b""):
+            yield block
+            progress(packed.tell() - before)
+            before = packed.tell()
+
+
 def _whole(file: Path, progress: Progress) -> Iterator[str]:
     with _explained(file):
-        yield from decoded(blocks_of(file, progress))
+        yield from decoded(_blocks_of(file, progress))
 
 
 def _bad(file: Path, what: str, cure: str) -> ValueError:
@@ -108,7 +124,7 @@ def _bad(file: Path, what: str, cure: str) -> ValueError:
 def _lines(file: Path, progress: Progress) -> Iterator[bytes]:
     begun = bytearray()
     number = 1
-    for block in blocks_of(file, progress):
+    for block in _blocks_of(file, progress):
         *ends, rest = block.split(b"\n")
         if ends:
             ends[0] = bytes(begun) + ends[0]

@@ -17,7 +17,7 @@ def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
     Raises:
         ValueError: no file, or one that cannot be read. The message blames the override ``key``.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     try:
         if place.is_dir():
             found = (Path(folder, name) for folder, names in _folders(place) for name in names)

@@ -145,7 +145,7 @@ def _problem(address: str, key: str, error: BaseException | None) -> str:
     responses = [cause.response for cause in causes if getattr(cause, "response", None) is not None]
     status = responses[0].status_code if responses else None
     copy = f"{'data.path' if key == 'data.url' else key}=<a copy on this machine>"
-    page = f"{HOME}/" + re.sub(r"^hf://|@.*", "", address)
+    page = f"{HOME}/datasets/{_parts(address, key)[0]}"
     if "OfflineModeIsEnabled" in names:
         return f"cannot be fetched while HF_HUB_OFFLINE=1 is set; use HF_HUB_OFFLINE=0, or {copy}"
     if "GatedRepoError" in names or status == 403:

@@ -15,7 +15,8 @@ def check_lengths(config: DataConfig, train: int, val: int, accumulate: int, wor
         counts = {"training": train, "validation": val}
         have = " and ".join(f"{count} {split} tokens" for split, count in counts.items() if count <= length)
         fits = min(train, val) - 1
-        cure = f"model.context_length={fits} or more text" if fits >= 1 else "data.path=<more text>"
+        shorter = f"model.context_length={fits} (with weights, data.context_length={fits}) or more text"
+        cure = shorter if fits >= 1 else "data.path=<more text>"
         raise ValueError(
             f"data.path={config.source} has {have}, one window needs context_length + 1 = {length + 1}; use {cure}"
         )

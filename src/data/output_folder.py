@@ -84,5 +84,8 @@ def described(files: list[Path | RemoteFile]) -> list[dict[str, Any]]:
 
 
 def _described_locally(file: Path) -> dict[str, Any]:
-    stat = file.stat()
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        raise ValueError(f"source={file} is gone; use source=<where it is now>") from None
     return {"file": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -16,7 +16,7 @@ from src.data.config import PrepareConfig
 from src.data.documents import find_sources, read_documents, size_of
 from src.data.facts import Facts
 from src.data.lock import locked
-from src.data.manifest import MANIFEST, Part, join_parts, read_manifest
+from src.data.manifest import MANIFEST, Part, join_parts, parts_in, read_manifest
 from src.data.output_folder import described, manifest_for
 from src.data.pipeline import CHUNK, START, Chunk, tokenize
 from src.data.progress import Progress
@@ -121,6 +121,8 @@ def _fill(
     except Exception:
         if shards.end == START:  # there is nothing to continue from
             shards.discard()
+            if not parts_in(shards.folder):
+                (shards.folder / FILE).unlink(missing_ok=True)
         raise
     finally:
         shards.close()

@@ -1,6 +1,8 @@
 """Files on the Hugging Face hub and at https addresses: found with their sizes and hashes, fetched one by one."""
 
+import hashlib
 import logging
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from src.data import hub
 from src.data.config import DataConfig
 from src.data.download import fetch, headers_of, user_cache
 from src.data.lock import locked
-from src.data.shards import sha256_of
+from src.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,11 @@ class RemoteFile:
 
     def place(self, folder: Path) -> Path:
         """Where :meth:`fetch` puts it."""
-        parts = PurePosixPath(re.sub(r"^\w+://(datasets/)?", "", self.address).split("?")[0]).parts
-        return folder.joinpath(*(part for part in parts if part != ".."))
+        path, _, query = re.sub(r"^\w+://(datasets/)?", "", self.address).partition("?")
+        *folders, name = (part for part in PurePosixPath(path).parts if part != "..")
+        if query:
+            folders.append(hashlib.sha256(query.encode()).hexdigest()[:16])
+        return folder.joinpath(*folders, name)
 
     def fetch(self, folder: Path, key: str) -> Path:
         """The file, below ``folder``. It is fetched unless it is there, and appears once it is whole and its size and
@@ -96,7 +101,7 @@ def shards_of(config: DataConfig) -> str | list[Path]:
     if config.path is None:
         assert config.url is not None
         return fetch_shards(config.url, config.train_shards or 1)
-    if config.prepare and not (Path(config.path).expanduser().exists() or set(config.path) & set("*?[")):
+    if config.prepare and not (os.path.exists(os.path.expanduser(config.path)) or set(config.path) & set("*?[")):
         raise ValueError(f"data.path={config.path} does not exist; {config.cure_for_no_shards}")
     return config.path
 

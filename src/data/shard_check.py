@@ -11,8 +11,7 @@ from pathlib import Path
 from src.data.download import user_cache
 from src.data.lock import locked
 from src.data.manifest import MANIFEST, read_manifest
-from src.data.shards import sha256_of
-from src.files import read_json, replacing
+from src.files import read_json, replacing, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class ShardCheck:
                     _verify(file, expected)
         except OSError as error:
             self._error = ValueError(
-                f"data.path: cannot read {error.filename} ({error.strerror}); use data.path=<readable shards>"
+                f"data.path: cannot read {error.filename or file} ({error.strerror}); use data.path=<readable shards>"
             )
         except Exception as error:
             self._error = error

@@ -92,9 +92,9 @@ def read_shards(
     digest = hashlib.sha256()
     train, val = [], []
     for file in files:
-        validates = train_ratio < 1 and _validates(file)
+        validates = _validates(file)
         digest.update(f"{validates}{manifests[file.parent].get(file.name)}".encode())
-        (val if validates else train).append((file, _count(file, digest)))
+        (val if validates and train_ratio < 1 else train).append((file, _count(file, digest)))
     if not train:
         raise ValueError(
             f"data.path={path} has no training shard, only {val[0][0].name}; use data.path=<a folder with both>"
@@ -138,11 +138,6 @@ def _count(file: Path, digest) -> int:
             f"use data.path=<whole shards>"
         )
     return tokens
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(folder: Path, tokenizer: tiktoken.Encoding) -> dict[str, str]:

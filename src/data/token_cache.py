@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -20,7 +21,8 @@ from src.data.manifest import read_manifest
 from src.data.pipeline import Chunk, tokenize
 from src.data.progress import progress
 from src.data.shard_writer import ShardWriter, new_manifest
-from src.data.shards import ShardTokens, sha256_of
+from src.data.shards import ShardTokens
+from src.files import sha256_of
 from src.tokenizer import fingerprint, separable
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def cached_tokens(
     """
     characters = sum(corpus.characters)
     identity = [corpus.sha256, corpus.characters, cut, fingerprint(tokenizer), special_tokens]
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else user_cache() / "tokens"
+    cache = Path(os.path.expanduser(cache_dir)) if cache_dir is not None else user_cache() / "tokens"
     folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     if cached := _read(folder, tokenizer):
         return cached

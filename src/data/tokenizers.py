@@ -1,6 +1,7 @@
 """Which tokenizer: a published one, one made from the training text, or one from a file."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def build_tokenizer(config: TokenizerConfig, text: Iterable[str] | None = None) 
     if config.name == "byte":
         return _with_end({bytes([byte]): byte for byte in range(256)}, r50k_pat_str, "byte")
     if config.name == "file":
-        return _read(Path(config.path or "").expanduser())
+        return _read(Path(os.path.expanduser(config.path or "")))
     if config.name in ("cl100k_base", "o200k_base"):
         return _published(config.name)
     assert text is not None, "made from a text"

@@ -95,7 +95,8 @@ def split_tokens(
     """Training and validation tokens of ``corpus``, each ``(N,)``. The text is cut by characters before it is
     tokenized, and one end-of-text token stands between two documents.
 
-    A text of more than ``LARGE`` characters becomes shards in ``cache_dir`` (None: the user's cache).
+    A text of more than ``LARGE`` characters becomes shards in ``cache_dir`` (None: the user's cache), unless the
+    tokenizer has ids of more than 16 bits, which shards do not hold.
 
     Raises:
         ValueError: the cache cannot be written to; a document without a word boundary for millions of characters.

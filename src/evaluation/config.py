@@ -1,13 +1,14 @@
 """What to evaluate."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
-from src.config import Config
+from src.config import Config, refuse
 from src.data.config import DataConfig
 from src.generation.config import Device
 
@@ -54,8 +55,7 @@ class EvaluationConfig(Config):
                 f"stride={self.stride} would leave out tokens between windows of context_length={self.context_length}; "
                 f"use stride={self.context_length}"
             )
-        if found:
-            raise ValueError("\n".join(found))
+        refuse(found)
         return self
 
 
@@ -67,7 +67,7 @@ def problems_of_tasks(
     found = []
     if names and importlib.util.find_spec("lm_eval") is None:
         found.append(f'{key}=[{",".join(names)}] needs lm-eval; pip install -e ".[tasks]"')
-    if folder is not None and not Path(folder).expanduser().is_dir():
+    if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
         cure = f"use {folder_key}=<a folder of task files>"
         found.append(f"{folder_key}={folder} is not a folder (seen from {Path.cwd()}); {cure}")
     return found

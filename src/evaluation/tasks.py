@@ -7,10 +7,11 @@ import fnmatch
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.tasks import TaskManager
+
+from src.config import refuse
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -52,7 +53,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None, key: str = "task
 
 def _manager(names: Sequence[str], folder: str | None) -> TaskManager:
     if folder is not None:
-        folder = str(Path(folder).expanduser())
+        folder = os.path.expanduser(folder)
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(own.all_subtasks):  # lm-eval's own task files are about 14,000, which takes seconds
             return own
@@ -72,8 +73,7 @@ def find_names(names: Sequence[str], known: Sequence[str], key: str = "tasks") -
         if not matching:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
             unknown.append(f"{key}=[{name}] is not a task of lm-eval; use '{key}=[{''.join(nearest)}]'")
-    if unknown:
-        raise ValueError("\n".join(unknown))
+    refuse(unknown)
     return list(dict.fromkeys(found))
 
 

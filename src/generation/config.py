@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from src.config import Config
+from src.config import Config, refuse
 
 MOST_BEAMS = 256
 Device = Literal["auto", "cpu", "cuda", "gpu", "mps"]
@@ -37,7 +37,7 @@ class GenerationConfig(Sampling):
     max_new_tokens: int = Field(default=50, ge=1)
     num_samples: int = Field(default=1, ge=1, le=10_000)
     num_beams: int = Field(default=1, ge=1, le=MOST_BEAMS)  # all are in memory at once; samples are drawn in batches
-    length_penalty: float = Field(default=1.0, ge=-100, le=100)
+    length_penalty: float = Field(default=1.0, ge=-10, le=10)
     seed: int = Field(default=123, ge=0, lt=2**63)
     cuda_graph: bool = False
 
@@ -53,8 +53,7 @@ class GenerationConfig(Sampling):
             possible = self.num_samples <= MOST_BEAMS
             cure = f"num_beams={self.num_samples}" if possible else f"num_samples={self.num_beams}"
             found.append(f"num_samples={self.num_samples} is more than num_beams={self.num_beams} keep; use {cure}")
-        if found:
-            raise ValueError("\n".join(found))
+        refuse(found)
         return self
 
 

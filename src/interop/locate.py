@@ -71,15 +71,6 @@ def run_folder(weights: str) -> Path | None:
         return None
 
 
-def problems_of_weights(weights: str) -> list[str]:
-    """The reason, if any, why :func:`locate` does not find ``weights``."""
-    try:
-        locate(weights)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON.
 

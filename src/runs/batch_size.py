@@ -50,7 +50,7 @@ def vocabulary_multiple(device: str) -> int:
 
 def with_largest_batch(config: TrainConfig) -> TrainConfig:
     """``config`` with the largest ``data.batch_size`` that divides a step of ``tokens_per_step`` tokens, should fit
-    into the free memory, and makes a step in a process of its own.
+    into the free memory, and makes two steps in a process of its own.
 
     Raises:
         MemoryError: not even a batch of one window fits.

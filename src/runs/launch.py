@@ -10,7 +10,6 @@ from typing import Any
 from src.checkpoint.interruption import SIGNALS, Interrupted, Interruption, heeded_signals
 from src.runs.processes import FailedElsewhere, world_size
 
-STRATEGIES = ("auto", "ddp", "fsdp")
 SAVE_TIMEOUT = 1800  # seconds to save a checkpoint after a signal; torch before 2.13 allows 30
 
 
@@ -23,8 +22,6 @@ def problems_of_devices(trainer: dict[str, Any]) -> list[str]:
         return [
             f"trainer.devices={devices} is not a number of devices, a list of devices or auto; use trainer.devices=1"
         ]
-    if strategy not in STRATEGIES:
-        found.append(f"trainer.strategy={strategy} is not one of {', '.join(STRATEGIES)}; use trainer.strategy=ddp")
     if strategy == "fsdp" and precision in ("16-mixed", "16", "64-true", "64"):
         found.append(f"trainer.precision={precision} is not supported with fsdp; use trainer.precision=bf16-mixed")
     if accelerator == "cpu" and ((count < 0 and devices != "auto") or isinstance(devices, list)):

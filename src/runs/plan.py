@@ -66,7 +66,7 @@ def make_plan(
         tokens = int(steps) * step
         flops = tokens * flops_per_token(config.model, config.context_length)
         lines["tokens"] = f"{tokens:,} in all, {tokens / parameters:.2g} per parameter; {flops:.2g} FLOPs"
-        lines["time"] = _time_line(config, trainer, data, int(steps) - done, times)
+        lines["time"] = _time_line(config, trainer, data, int(steps), done, times)
         val = len(data.val_windows) * config.context_length
         if small := _small(step, tokens / parameters, val):
             lines["note"] = f"far below the usual: {', '.join(small)}"
@@ -123,11 +123,14 @@ def _disk_line(checkpoint: int, folder: Path) -> str:
     return f"up to {_gb(CHECKPOINTS * checkpoint)} for checkpoints of {_gb(checkpoint)}, {_gb(room)} are free"
 
 
-def _time_line(config: TrainConfig, trainer: Trainer, data: TextDataModule, steps: int, times: StepTimes | None) -> str:
-    """The time of ``steps`` and their evaluations, as measured, or at the speed of the last run with the same model,
-    batch and device."""
+def _time_line(
+    config: TrainConfig, trainer: Trainer, data: TextDataModule, total: int, done: int, times: StepTimes | None
+) -> str:
+    """The time of the steps of a run of ``total`` that are not ``done``, and of their evaluations, as measured, or at
+    the speed of the last run with the same model, batch and device."""
+    steps = total - done
     batches = steps * trainer.accumulate_grad_batches
-    evaluations = math.ceil(steps / config.eval.resolved_every_steps(steps, data.steps_per_epoch)) + 1
+    evaluations = math.ceil(steps / config.eval.resolved_every_steps(total, data.steps_per_epoch)) + 1
     evaluated = evaluations * sum(map(len, data.evaluated_windows())) / data.windows_per_batch  # batches
     if config.trainer.limit_val_batches == 0:
         evaluated = 0

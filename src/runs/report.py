@@ -38,8 +38,10 @@ def print_start_card(
     windows = data.windows_per_step
     length = config.context_length
     about = data.summary()
-    interval = config.eval.resolved_every_steps(steps, data.steps_per_epoch)
-    evaluation = about.pop("evaluation")
+    intervals = {key: getattr(config.trainer, key) for key in ("val_check_interval", "check_val_every_n_epoch")}
+    own = [f"by trainer.{key}={value}" for key, value in intervals.items() if value is not None]
+    when = " ".join(own) or f"every {config.eval.resolved_every_steps(steps, data.steps_per_epoch)} steps"
+    evaluation = f"{when}, of {about.pop('evaluation')}"
     card = {
         "parameters": f"{record['parameters']:,}",
         "text": data.config.source,
@@ -49,7 +51,7 @@ def print_start_card(
         "device": f"{trainer.world_size} x {record['device']}",
         "precision": record["precision"],
         "optimizer": f"{config.optimizer.name}, {config.schedule.name} schedule",
-        "evaluation": f"every {interval} steps, of {evaluation}",
+        "evaluation": "none" if config.trainer.limit_val_batches == 0 else evaluation,
         **plan,
         **({} if config.dry_run else {"run folder": trainer.default_root_dir}),
     }

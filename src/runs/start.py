@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.checkpoint.find import good_checkpoint, make_last, newest_good_checkpoint, read_checkpoint
+from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
 from src.data.config import TokenizerConfig
 from src.data.tokenizers import describes
+from src.files import link
 from src.interop.names import assign
 from src.interop.weights import read_model, tokenizer_in
 from src.model.config import GPTConfig
@@ -51,12 +52,9 @@ class Start:
         """The batches to leave out, of ``batch_windows`` windows each: those of the config and those that the run has
         left out before, in batches of another size where it ran on another number of devices."""
         before = self.checkpoint.get("batch_windows", batch_windows)
-        windows = (
-            w
-            for batch in self.checkpoint.get("skipped_batches", [])
-            for w in range(batch * before, (batch + 1) * before)
-        )
-        return tuple(sorted({window // batch_windows for window in windows} | set(self.config.skip_batches)))
+        skipped = {*self.checkpoint.get("skipped_batches", []), *self.config.skip_batches}
+        windows = (window for batch in skipped for window in range(batch * before, (batch + 1) * before))
+        return tuple(sorted({window // batch_windows for window in windows}))
 
     def check(self, data: TextDataModule, batches: int, steps: float, finished: bool) -> None:
         """Refuse data other than that of the checkpoint, epochs of another number of windows (``batches`` batches), and
@@ -103,8 +101,9 @@ class Start:
 
     def take_over(self, folder: Path) -> None:
         """Make the checkpoint that is continued the ``last.ckpt`` of its run, in ``folder``."""
-        if self.path and self.path.parent == folder / "checkpoints" and processes.rank() == 0:
-            make_last(self.path)
+        last = folder / "checkpoints" / "last.ckpt"
+        if self.path and self.path.parent == last.parent and self.path != last and processes.rank() == 0:
+            link(self.path, last)
 
     def schedule_steps(self, steps: float) -> float:
         """The optimizer steps over which the learning rate's curve is laid out, in a run of ``steps`` steps.
@@ -248,16 +247,10 @@ def _other_values(config: TrainConfig, checkpoint: dict[str, Any], path: Path, d
 def _values(config: TrainConfig) -> dict[str, Any]:
     """The values of ``config`` that a continued run cannot change, by the names of the overrides; the text and the
     tokenizer are compared once they are read."""
-    data, trainer = config.data, config.trainer
-    length = config.context_length
+    trainer = config.trainer
     return {
+        **config.data.fixed_values(config.context_length),
         "seed": config.seed,
-        "data.context_length": length,
-        "data.stride": data.stride or length,
-        **{
-            f"data.{key}": getattr(data, key)
-            for key in ("batch_size", "train_ratio", "shuffle", "shift", "special_tokens")
-        },
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.limit_train_batches": 1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
     }

@@ -47,9 +47,9 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
 def encode(text: str, tokenizer: tiktoken.Encoding | None = None, special_tokens: str = "parse") -> np.ndarray:
     """Token ids of ``text``, ``(T,)`` of :func:`token_dtype`.
 
-    ``special_tokens`` decides what a literal ``<|endoftext|>`` becomes, in a corpus and in a prompt alike: ``parse``
-    makes it the end-of-text token, ``text`` encodes it like any other text. A character that a tokenizer of characters
-    does not have becomes U+FFFD.
+    ``special_tokens`` decides what a special token that is written out becomes, such as ``<|endoftext|>``, in a corpus
+    and in a prompt alike: ``parse`` makes it that token, ``text`` encodes it like any other text. A character that a
+    tokenizer of characters does not have becomes U+FFFD.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
     allowed = tokenizer.special_tokens_set if special_tokens == "parse" else set()

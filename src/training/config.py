@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from src.config import Config
+from src.config import Config, refuse
 from src.data.config import DataConfig, TokenizerConfig
 from src.model.config import GPTConfig
 from src.training.sections import CheckpointConfig, EvalConfig, OptimizerConfig, ScheduleConfig
@@ -51,8 +51,7 @@ class TrainerConfig(Config):
                 f"trainer.limit_val_batches={self.limit_val_batches} would evaluate only the beginning of the split; "
                 f"use eval.max_tokens=<n> for windows spread over it, or trainer.limit_val_batches=0 for no evaluation"
             )
-        if found:
-            raise ValueError("\n".join(found))
+        refuse(found)
         return self
 
     @property
@@ -227,8 +226,7 @@ class TrainConfig(Config):
                     f"model.{key}={asked} differs from {value} in {source}, which brings its own model; leave out "
                     f"model, model.{key} and experiments that set it"
                 )
-        if found:
-            raise ValueError("\n".join(found))
+        refuse(found)
         new = self.model.changed(**brought)
         data = self.data if self.data.context_length else self.data.changed(context_length=new.context_length)
         check_model(new, data, None, source)
@@ -263,5 +261,4 @@ def check_model(model: GPTConfig, data: DataConfig, n_vocab: int | None = None, 
             f"data.context_length={data.context_length} is more than the model's {longest}; "
             f"use {cure}data.context_length={longest}"
         )
-    if found:
-        raise ValueError("\n".join(found))
+    refuse(found)

@@ -117,11 +117,11 @@ def batches_per_epoch(trainer: Trainer, batches: int) -> int:
 
 
 def planned_steps(trainer: Trainer, batches: int) -> float:
-    """Optimizer steps of a run over epochs of ``batches`` batches, infinite where neither epochs nor steps bound it.
+    """Optimizer steps of a run over epochs of ``batches`` batches (see :func:`batches_per_epoch`), infinite where
+    neither epochs nor steps bound it.
 
     What ``trainer.estimated_stepping_batches`` will say once there is a model; known before one is built.
     """
-    batches = batches_per_epoch(trainer, batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = batches // trainer.accumulate_grad_batches * epochs if batches else 0
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from src.config import Config
+from src.config import Config, refuse
 
 EVALUATIONS = 25  # in a run
 EVAL_SHARE, EVAL_TOKENS = 1 / 500, 4096
@@ -66,8 +66,7 @@ class ScheduleConfig(Config):
         shares = max(self.warmup_steps, self.decay_steps) < 1
         if shares and (problem := self.problem_of_length(1_000_000, "the run")):
             found.append(problem)
-        if found:
-            raise ValueError("\n".join(found))
+        refuse(found)
         return self
 
     def resolved_warmup(self, total_steps: float) -> int:

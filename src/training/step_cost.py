@@ -114,8 +114,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure_step(config: TrainConfig, device: torch.device, precision: str, seconds: float = 10) -> StepTimes:
-    """The times of training steps on random tokens: medians over so many ``seconds``, after one step that warms up; of
-    that one alone where they are 0. Afterwards this process has had all memory that training needs."""
+    """The times of training steps on random tokens: medians over so many ``seconds``, but at least one step, after one
+    that warms up and makes the optimizer's state. Afterwards this process has had all memory that training needs."""
     dtype, autocast = in_precision(precision, device.type)
     module = build_module(config, device.type).to(device, dtype)
     optimizer = build_optimizer(module.net, config.optimizer)
@@ -139,6 +139,6 @@ def measure_step(config: TrainConfig, device: torch.device, precision: str, seco
     if config.trainer.accumulate_grad_batches > 1:
         batch()  # the next one finds its gradients
     rounds, started = [], time.perf_counter()
-    while not rounds or (seconds and len(rounds) < 3) or time.perf_counter() - started < seconds:
+    while len(rounds) < 2 or time.perf_counter() - started < seconds:
         rounds.append([seconds_of(act, device.type) for act in (batch, update, evaluation)])
-    return StepTimes(*map(statistics.median, zip(*(rounds[1:] or rounds), strict=True)))
+    return StepTimes(*map(statistics.median, zip(*rounds[1:], strict=True)))
