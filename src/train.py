@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from src.checkpoint.pickles import is_checkpoint
 from src.cli import app, ranks
-from src.cli.overrides import compose, unknown_trainer_arguments
+from src.cli.overrides import unknown_trainer_arguments
 from src.cli.quoting import command_line, resume_override
 from src.cli.resume import COMMAND
 from src.cli.sweep import resumed_sweep
@@ -125,7 +125,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
             skip_batches = start.skip_batches(data.windows_per_batch)
             module = build_module(config, device, schedule_steps, skip_batches, config.trainer.strategy == "fsdp")
             start.load_weights(module)
-            fit(start, trainer, module, data, record, default=typed(compose("train", []), TrainConfig))
+            fit(start, trainer, module, data, record)
             reproduce.print_outcome(config, record)
         record.update(status="checked" if config.dry_run else "completed")
     report.print_summary(record.values, folder)

@@ -19,9 +19,13 @@ from src.cli import overrides as cli
 from src.model.config import GPTConfig
 from src.train import Run, train
 
-TINY = ("model=gpt2_tiny", "model.context_length=16")
+GPT2 = ("model=gpt2_tiny", "model.context_length=16")  # with the tokens of GPT-2
+TINY = (*GPT2, "tokenizer=byte")
 ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
 WORDS = "the ferry bell rang over a brown river while nobody waited on the far side".split()
+
+
+FORECASTS = {}
 
 
 def story_of(words: int) -> str:
@@ -50,6 +54,22 @@ def a_user_of_its_own(monkeypatch, tmp_path_factory) -> None:
     """The tests sign their runs with a key of their own, and no test's command is another's."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
     monkeypatch.setenv("GPT2_LIGHTNING_COMMAND", "")
+
+
+@pytest.fixture(autouse=True)
+def forecasts_made_once(monkeypatch) -> None:
+    """Runs of the same shape have the same forecast of memory, which takes a third of a tiny run's time."""
+    from src.runs import plan
+    from src.training.step_cost import estimate_memory
+
+    def estimate(config, device, precision):
+        parts = config.model, config.optimizer, config.data.batch_size, config.context_length, config.kernels
+        key = repr((*parts, config.trainer.accumulate_grad_batches, config.activation_checkpointing, device, precision))
+        if key not in FORECASTS:
+            FORECASTS[key] = estimate_memory(config, device, precision)
+        return FORECASTS[key]
+
+    monkeypatch.setattr(plan, "estimate_memory", estimate)
 
 
 @pytest.fixture
@@ -103,8 +123,16 @@ def letters() -> tiktoken.Encoding:
 
 @pytest.fixture
 def text(tmp_path):
-    """A file of about 900 tokens."""
+    """A file of 900 bytes, the tokens of ``TINY``."""
     path = tmp_path / "text.txt"
+    path.write_text(story_of(900)[:900])
+    return path
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    """A file of about 900 tokens of GPT-2."""
+    path = tmp_path / "long_text.txt"
     path.write_text(story_of(900))
     return path
 

@@ -153,7 +153,8 @@ def test_samples_are_of_the_averages(tiny_run):
     path = run.folder / "checkpoints" / "last.ckpt"
     greedy = GenerationConfig(temperature=0, max_new_tokens=12)
     nets = load_weights(path), run.module.net.eval()
-    averaged, own = (continue_texts(net, ["Every effort moves you"], greedy)[0][0].text for net in nets)
+    byte = run.datamodule.tokenizer
+    averaged, own = (continue_texts(net, ["Every effort moves you"], greedy, (), byte)[0][0].text for net in nets)
     entry = (run.folder / "samples.md").read_text().split("## step 5")[1]
     assert averaged.replace("\n", "\n> ") in entry
     assert own.replace("\n", "\n> ") not in entry

@@ -8,7 +8,7 @@ from multiprocessing import Pipe
 
 import pytest
 import torch
-from conftest import TINY, column
+from conftest import GPT2, column
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,7 +72,7 @@ def test_a_rival_that_fails_is_told_by_its_name(capfd):
     capfd.readouterr()
 
 
-def test_a_measured_step_is_the_configs_optimizer_step(monkeypatch, text):
+def test_a_measured_step_is_the_configs_optimizer_step(monkeypatch, long_text):
     """In the bare loop and in the Trainer: as many batches as make ``tokens_per_step``, and one update."""
     loss, update, calls = PretrainingModule.loss, torch.optim.AdamW.step, []
 
@@ -88,8 +88,8 @@ def test_a_measured_step_is_the_configs_optimizer_step(monkeypatch, text):
     monkeypatch.setattr(PretrainingModule, "loss", counted)
     monkeypatch.setattr(torch.optim.AdamW, "step", updated)
     overrides = [
-        *TINY,
-        f"data.path={text}",
+        *GPT2,
+        f"data.path={long_text}",
         "measure=[training]",
         "trainer.accelerator=cpu",
     ]  # batches of 2 x 16 tokens

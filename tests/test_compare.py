@@ -24,11 +24,15 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def three(runs, tiny_run, tmp_path):
+def three(runs, tiny_run, tmp_path, long_text):
     if not (runs / "a").exists():
         text = runs / "text.txt"
-        shutil.copy(tmp_path / "text.txt", text)
-        for name, *overrides in ("a", "optimizer.learning_rate=0.01"), ("b",), ("c", "tokenizer=byte"):
+        shutil.copy(long_text, text)
+        for name, *overrides in (
+            ("a", "tokenizer=gpt2", "optimizer.learning_rate=0.01"),
+            ("b", "tokenizer=gpt2"),
+            ("c",),
+        ):
             tiny_run(*COMMON, f"data.path={text}", *overrides, folder=runs / name)
     shutil.copytree(runs, tmp_path / "three")
     return tmp_path / "three"

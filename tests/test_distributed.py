@@ -195,7 +195,7 @@ def test_a_nan_on_one_process_stops_all(ranks, tmp_path, tiny_run, text):
     tokens = np.array(gpt2_tokenizer().encode(text.read_text()), dtype="<u2")
     (tmp_path / "shard.bin").write_bytes(header(len(tokens)) + tokens.tobytes())
     common = ("data=shards", f"data.path={tmp_path / 'shard.bin'}", "optimizer=muon", "model.drop_rate=0",
-              "schedule=constant", "eval.batches=1")  # fmt: skip
+              "schedule=constant", "eval.batches=1", "tokenizer=gpt2")  # fmt: skip
     process = ranks(*common, "data.batch_size=2", "+callbacks.poison._target_=poison.Poison",
                       f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     out, err = process.communicate()

@@ -131,12 +131,13 @@ RUNS = {
 
 
 @pytest.mark.parametrize("setting", RUNS)
-def test_a_runs_checkpoint_has_the_runs_own_losses(tiny_run, command, text, tmp_path, monkeypatch, setting):
+def test_a_runs_checkpoint_has_the_runs_own_losses(tiny_run, command, long_text, tmp_path, monkeypatch, setting):
     """Without a word about data; at any evaluated step, not at the last alone."""
+    text = long_text
     text.write_text(text.read_text() + "<|endoftext|> said the ferry" * 20)
     trained = tiny_run(
         "trainer.max_steps=9", "eval.every_steps=3", "callbacks=none", "optimizer.learning_rate=0.1", *RUNS[setting],
-        folder=tmp_path / "outputs" / "gpt2" / "one",
+        "tokenizer=gpt2", f"data.path={text}", folder=tmp_path / "outputs" / "gpt2" / "one",
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
     rows = {row["step"]: row for row in metrics_of(trained) if "val/loss" in row}

@@ -94,9 +94,9 @@ def test_the_card_tells_how_the_model_came_about(command, run_folder, tmp_path):
     assert f"| parameters | {parameters:,} |" in card
 
 
-def test_the_card_is_that_of_the_checkpoint(command, tiny_run, tmp_path):
+def test_the_card_is_that_of_the_checkpoint(command, tiny_run, tmp_path, long_text):
     """Not that of the end of its run, by when a learning rate that grows too large has undone it."""
-    rising = ("optimizer.learning_rate=1", "schedule.warmup_steps=11")
+    rising = ("optimizer.learning_rate=1", "schedule.warmup_steps=11", "tokenizer=gpt2", f"data.path={long_text}")
     run = tiny_run("trainer.max_steps=12", "eval.every_steps=4", *rising, "callbacks=none")
     rows = [row for row in metrics_of(run) if "val/loss" in row]
     best = min(rows, key=lambda row: row["val/loss"])

@@ -115,15 +115,17 @@ def test_report_names_the_text(tiny_run, at_batch, tmp_path):
     assert report["grad_norm"] == "nan"  # JSON has no NaN
     assert [batch["batch"] for batch in report["batches"]] == [16, 17]
     assert [math.isnan(float(batch["loss"])) for batch in report["batches"]] == [True, False]
+    from src.data.config import TokenizerConfig
     from src.data.datamodule import TextDataModule
     from src.tokenizer import token_ids_to_text
 
-    data = TextDataModule(context_length=16, batch_size=4, path=str(tmp_path / "text.txt"))
+    data = TextDataModule(context_length=16, batch_size=4, path=str(tmp_path / "text.txt"),
+                          tokenizer=TokenizerConfig(name="byte"))  # fmt: skip
     data.setup()
     for window in (window for batch in report["batches"] for window in batch["windows"]):
         tokens = data.train_windows.tokens[window["offset"] : window["offset"] + 16]
         assert window["tokens"] == tokens.tolist()
-        assert window["text"] == token_ids_to_text(torch.tensor(window["tokens"]))
+        assert window["text"] == token_ids_to_text(torch.tensor(window["tokens"]), data.tokenizer)
 
 
 def test_continued_without_the_text(tiny_run, at_batch, tmp_path):

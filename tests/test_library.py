@@ -84,9 +84,9 @@ def test_own_trainer_and_data(trainer, tmp_path, loader, own):
     assert resumed.global_step == 5
 
 
-def test_own_trainer_with_the_projects_data(trainer, tmp_path, text):
+def test_own_trainer_with_the_projects_data(trainer, tmp_path, long_text):
     """The data module takes accumulation from the Trainer: an epoch is a whole number of steps."""
-    data = TextDataModule(path=str(text), context_length=16, batch_size=3)
+    data = TextDataModule(path=str(long_text), context_length=16, batch_size=3)
     fitted = trainer(max_steps=-1, max_epochs=1, accumulate_grad_batches=3)
     fitted.fit(PretrainingModule(MODEL), datamodule=data)
     windows = len(data.train_windows)

@@ -213,7 +213,7 @@ def test_a_model_class_of_ones_own_trains_and_loads_from_its_checkpoint(monkeypa
     path = run.folder / "checkpoints" / "last.ckpt"
     assert run.record["optimizer_steps"] == 2
     assert read_checkpoint(path)["hyper_parameters"]["model"]["architecture"] == "relu_squared"
-    tokens = torch.randint(50257, (1, 8))
+    tokens = torch.randint(257, (1, 8))
     expected = run.module.eval()(tokens)
     for net in load_weights(path), PretrainingModule.load_from_checkpoint(path).net.eval():
         assert isinstance(net, ReluSquaredGPT)

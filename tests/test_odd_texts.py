@@ -63,6 +63,7 @@ def test_trains_exactly(tiny_run, tmp_path, name, trials):
     trained = tiny_run(
         *FAST,
         f"data.path={path}",
+        "tokenizer=gpt2",
         "trainer.max_steps=1",
         "data.batch_size=1",
         "logger=none",
@@ -85,7 +86,7 @@ def test_is_refused_in_one_line(tiny_run, tmp_path, name, trials):
         path.write_bytes((" the" * 32).encode() if content is None else content)
     ratio = "data.train_ratio=0.5"  # of 32 words, 16 each
     with pytest.raises(ValueError, match=r"data\.path") as error:
-        tiny_run(*FAST, f"data.path={path}", ratio)
+        tiny_run(*FAST, f"data.path={path}", "tokenizer=gpt2", ratio)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     trials.passed("odd texts", 1, "trained exactly or refused in one line")

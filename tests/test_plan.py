@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import TINY
-from test_run import command
+from test_run import started
 
 from src.cli.overrides import compose
 from src.cli.typed import typed
@@ -58,12 +58,12 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated(tiny_run, t
         tiny_run("model.emb_dim=100000", "model.n_layers=100", "model.n_heads=100")
     monkeypatch.setattr(plan, "free_on", lambda device: 55_000_000)  # weights, gradients and optimizer take 52 MB
     with pytest.raises(ValueError, match=needed + "use data.batch_size=8 trainer.accumulate_grad_batches=2 for less"):
-        tiny_run("data.batch_size=16")
+        tiny_run("data.batch_size=16", "tokenizer=gpt2")
     assert not list(tmp_path.glob("run*/*"))
 
 
 def test_measured_steps_agree_with_the_forecast(tmp_path):
-    done = command(tmp_path, "dry_run=measure", "data.batch_size=16", "trainer.precision=32-true").stdout
+    done = started(tmp_path, "dry_run=measure", "data.batch_size=16", "trainer.precision=32-true").stdout
     (forecast,) = re.findall(r"memory +about ([\d.]+) GB at the peak", done)
     (measured,) = re.findall(r"per optimizer step, ([\d.]+) GB at the peak", done)
     assert float(forecast) == pytest.approx(float(measured), rel=0.25)

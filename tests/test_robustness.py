@@ -113,10 +113,10 @@ def test_dead_data_worker(tmp_path, trials):
 def test_full_disk_before_the_start(tiny_run, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**7))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(
         ValueError,
-        match=r"has 0\.01 GB free, two checkpoints take 0\.0778 GB; free some space, or use hydra\.run\.dir=",
+        match=r"has 0\.0001 GB free, two checkpoints take 0\.00101 GB; free some space, or use hydra\.run\.dir=",
     ):
         tiny_run(*FAST[:1])
     tiny_run(*FAST, "trainer.max_steps=1", "logger=none")

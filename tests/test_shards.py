@@ -152,7 +152,7 @@ def prepared(tmp_path):
 
 def test_a_run_on_shards_resumes_to_the_same_bits(tiny_run, at_batch, prepared):
     common = ("data=shards", f"data.path={prepared}", "data.batch_size=8", "trainer.max_epochs=2", "callbacks=none")
-    common += ("eval.batches=1",)
+    common += ("eval.batches=1", "tokenizer=gpt2")
     whole = tiny_run(*common)
     at_batch(9, lambda module: signal.raise_signal(signal.SIGTERM))
     folder = whole.folder.with_name("cut")
@@ -182,7 +182,7 @@ def overwrite_the_middle(file) -> None:
 
 @pytest.mark.parametrize("found", ["at once", "at the end"])
 def test_a_damaged_shard_stops_the_run(tiny_run, tmp_path, monkeypatch, prepared, cache, found):
-    run = ("data=shards", f"data.path={prepared}", "trainer.max_steps=3", "callbacks=none")
+    run = ("data=shards", f"data.path={prepared}", "trainer.max_steps=3", "callbacks=none", "tokenizer=gpt2")
     overwrite_the_middle(prepared / "prepared_train_000002.bin")
     start, verify, finish = ShardCheck.start, shard_check._verify, ShardCheck.finish
     ending = threading.Event()
@@ -236,7 +236,7 @@ def test_a_foreign_id_stops_a_run_in_one_line(tiny_run, tmp_path, num_workers):
     shard(tmp_path / "x_train_1.bin", [50300] * 600)
     shard(tmp_path / "x_val_0.bin", range(100))
     with pytest.raises(ValueError, match=r"^data\.path: token \d+ of .* is 50300, the tokenizer has only") as error:
-        tiny_run("data=shards", f"data.path={tmp_path}", f"data.num_workers={num_workers}", *FAST)
+        tiny_run("data=shards", f"data.path={tmp_path}", f"data.num_workers={num_workers}", "tokenizer=gpt2", *FAST)
     assert "\n" not in str(error.value)
 
 

@@ -126,8 +126,8 @@ def test_without_lm_eval(tiny_run, scored, monkeypatch):
     assert len(column(run, "texts/code_loss")) == 2
 
 
-def test_costs_nothing_when_off(tmp_path, text):
-    arguments = ["train", "model=gpt2_tiny", f"data.path={text}", "trainer.max_steps=1", "trainer.accelerator=cpu"]
+def test_costs_nothing_when_off(tmp_path, long_text):
+    arguments = ["train", "model=gpt2_tiny", f"data.path={long_text}", "trainer.max_steps=1", "trainer.accelerator=cpu"]
     code = (
         f"import sys, runpy; sys.argv = {arguments!r}\n"
         "runpy.run_module('src.train', run_name='__main__')\n"

@@ -142,7 +142,7 @@ def mixed(tmp_path):
     return path
 
 
-CHOICES = {"gpt2": [], "byte": ["tokenizer=byte"], "char": ["tokenizer=char"]}
+CHOICES = {"gpt2": ["tokenizer=gpt2"], "byte": ["tokenizer=byte"], "char": ["tokenizer=char"]}
 CHOICES["bpe"] = ["tokenizer=bpe", "tokenizer.vocab_size=400"]
 
 

@@ -12,7 +12,6 @@ from src.data.datamodule import TextDataModule
 from src.runs.record import RunRecord
 from src.runs.report import hyperparameters, judge_best_loss, judge_initial_loss
 from src.runs.start import Start
-from src.training.config import TrainConfig
 from src.training.module import PretrainingModule
 from src.training.optim import batches_per_epoch, planned_steps
 
@@ -53,14 +52,7 @@ def build_data(start: Start, trainer: Trainer) -> tuple[TextDataModule, int, flo
     return data, batches, steps
 
 
-def fit(
-    start: Start,
-    trainer: Trainer,
-    module: PretrainingModule,
-    data: TextDataModule,
-    record: RunRecord,
-    default: TrainConfig,
-) -> None:
+def fit(start: Start, trainer: Trainer, module: PretrainingModule, data: TextDataModule, record: RunRecord) -> None:
     """Train, with an evaluation before the first step and after the last, and record the outcome.
 
     Raises:
@@ -68,7 +60,7 @@ def fit(
     """
     evaluating = trainer.limit_val_batches != 0
     for logger in trainer.loggers:
-        logger.log_hyperparams(hyperparameters(start.config, default, record.values, data.windows_per_step))
+        logger.log_hyperparams(hyperparameters(start.config, record.values, data.windows_per_step))
     before = math.inf  # the validation loss of step 0
     if start.path is None and evaluating:
         trainer.validate(module, datamodule=data, verbose=False)

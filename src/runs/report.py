@@ -78,12 +78,10 @@ def judge_best_loss(before: float, best: float | None) -> None:
         )
 
 
-def hyperparameters(
-    config: TrainConfig, default: TrainConfig, record: dict[str, Any], step_windows: int
-) -> dict[str, Any]:
+def hyperparameters(config: TrainConfig, record: dict[str, Any], step_windows: int) -> dict[str, Any]:
     """What a person compares between runs, by the names of the overrides: size, data, batch, learning rate, schedule
     and seed, and each other hyperparameter that was set or differs from the default."""
-    values, defaults = dict(flat(config.model_dump())), dict(flat(default.model_dump()))
+    values, defaults = dict(flat(config.model_dump())), dict(flat(TrainConfig().model_dump()))
     if values["data.context_length"] == values["model.context_length"]:  # nothing to compare
         del values["data.context_length"]
     asked = {override.split("=")[0].lstrip("+") for override in record["overrides"]}
