@@ -189,6 +189,7 @@ def test_two_nodes(ranks, tmp_path, tiny_run):
     assert losses(folders[0]) == pytest.approx(column(alone, "train/loss"), abs=5e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_process_stops_all(ranks, tmp_path, tiny_run, text):
     """Until then Muon trains on shards what it does on one process."""
     (tmp_path / "poison.py").write_text(POISON)

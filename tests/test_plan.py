@@ -52,16 +52,17 @@ def test_accumulated_gradients_are_alive_in_the_next_forward_pass():
     assert several.peak > one.peak + one.gradients / 2
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated(tiny_run, tmp_path, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated(tiny_run, tmp_path, long_text, monkeypatch):
     needed = r"out of memory: a training step needs [\d.e+]+ GB, [\d.]+ GB are free; "
     with pytest.raises(ValueError, match=needed + "use a smaller model, or trainer=fsdp on several GPUs"):
         tiny_run("model.emb_dim=100000", "model.n_layers=100", "model.n_heads=100")
     monkeypatch.setattr(plan, "free_on", lambda device: 55_000_000)  # weights, gradients and optimizer take 52 MB
     with pytest.raises(ValueError, match=needed + "use data.batch_size=8 trainer.accumulate_grad_batches=2 for less"):
-        tiny_run("data.batch_size=16", "tokenizer=gpt2")
+        tiny_run("data.batch_size=16", "tokenizer=gpt2", f"data.path={long_text}")
     assert not list(tmp_path.glob("run*/*"))
 
 
+@pytest.mark.slow
 def test_measured_steps_agree_with_the_forecast(tmp_path):
     done = started(tmp_path, "dry_run=measure", "data.batch_size=16", "trainer.precision=32-true").stdout
     (forecast,) = re.findall(r"memory +about ([\d.]+) GB at the peak", done)

@@ -63,6 +63,7 @@ def test_out_of_memory(tiny_run, at_batch, tmp_path, error, batch, accumulate, c
     assert read_record(tmp_path / "run")["status"] == "oom"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures itself in Linux's /proc")
 def test_real_lack_of_memory(tmp_path):
     """Under a limit of the system; the exit status is not 0, and the line is the last but for the run folder's."""
@@ -83,6 +84,7 @@ def test_real_lack_of_memory(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_failure_with_workers_alive_is_no_hang(tmp_path):
     process = start(tmp_path, *TINY, "data.num_workers=2", "optimizer.learning_rate=1e30", "schedule=constant",
                     "trainer.gradient_clip_val=null", "trainer.limit_val_batches=0")  # fmt: skip
@@ -91,6 +93,7 @@ def test_failure_with_workers_alive_is_no_hang(tmp_path):
     assert re.search(r"error: step \d was not made: .*optimizer\.learning_rate=", output)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the worker in Linux's /proc")
 def test_dead_data_worker(tmp_path, trials):
     """A worker that the system kills: one line, no hang, and the run can be resumed."""
@@ -142,6 +145,7 @@ def test_full_disk_in_a_run(tiny_run, tmp_path, monkeypatch):
     assert read_record(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_to_all_processes_of_a_job(tmp_path, number):
     """As schedulers and service managers send it: the data workers leave it to the run."""
@@ -179,6 +183,7 @@ def test_terminal_goes_away(tmp_path):
     assert "to continue: python -m src.train resume=" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [">&- 2>&-", "<&- >&- 2>&-", "2>&1 | true"])
 def test_nobody_takes_the_output(tmp_path, output):
     run = [sys.executable, "-m", "src.train", *TINY, "trainer.max_steps=3", "hydra.run.dir=run"]
@@ -224,6 +229,7 @@ def test_json_never_holds_what_is_no_number(tmp_path, number):
     assert read_json(path) == read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signals", "kills"), [(["TERM", "KILL"], 2), (["KILL"], 50), (["TERM", "INT"], 20)])
 def test_real_signals_at_random_moments(tmp_path, signals, kills, trials):
     """Exit status 143 or 130, saved within one step, resumed, bit-identical."""

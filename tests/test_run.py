@@ -126,6 +126,7 @@ def test_plots_are_pictures(finished):
         assert image.std() > 0.05
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_a_folder_taken(tmp_path, finished):
     _, run = finished
     with ThreadPoolExecutor(2) as pool:
@@ -156,7 +157,7 @@ def test_mistakes_met_later_are_one_line_too(command, tmp_path, monkeypatch, ove
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
+@pytest.mark.parametrize("sweep", [(), pytest.param(("-m", "seed=1,2"), marks=pytest.mark.slow)])
 def test_dry_run_trains_nothing_and_leaves_nothing(tmp_path, sweep):
     done = started(tmp_path, *sweep, "dry_run=true")
     assert done.returncode == 0
@@ -203,6 +204,7 @@ def test_sweep_table_copes_with_any_record(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_sweep_reports_each_job_and_outlives_a_failure(tmp_path):
     done = started(tmp_path, "-m", "optimizer.learning_rate=1e-4,3e-3", "model.n_heads=4,5", "logger=csv")
     assert done.returncode == 1  # two of the four jobs failed
@@ -220,7 +222,7 @@ def test_sweep_reports_each_job_and_outlives_a_failure(tmp_path):
     assert losses == sorted(losses)
 
 
-@pytest.mark.parametrize("columns", [80, 140])
+@pytest.mark.parametrize("columns", [80, pytest.param(140, marks=pytest.mark.slow)])
 def test_terminal_shows_every_evaluation_and_one_bar(tmp_path, columns):
     """As a terminal shows it: what a progress bar has written over is gone."""
     screen = pyte.HistoryScreen(columns, 50, history=2000, ratio=1)
