@@ -29,22 +29,16 @@ class Config(BaseModel):
         try:
             super().__init__(**dict(zip(type(self).model_fields, positional, strict=False)), **values)
         except ValidationError as error:
-            raise ValueError("\n".join(self._explained(error))) from None
+            lines = (line for problem in error.errors(include_url=False) for line in _lines_of(type(self), problem))
+            raise ValueError("\n".join(dict.fromkeys(lines))) from None
 
     def changed(self, **values: Any) -> Self:
         """A copy with other ``values``, validated again."""
         return type(self)(**{**dict(self), **values})
 
-    @classmethod
-    def _explained(cls, error: ValidationError) -> list[str]:
-        """Each problem of ``error`` as one line in terms of overrides."""
-        lines: list[str] = []
-        for problem in error.errors(include_url=False):
-            lines += _lines_of(cls, problem)
-        return list(dict.fromkeys(lines))
-
 
 def _lines_of(config: type[Config], problem: ErrorDetails) -> list[str]:
+    """``problem`` in terms of overrides."""
     if problem["type"] == "value_error":  # of a validator of our own, which says it all
         return str(problem.get("ctx", {})["error"]).splitlines()
     names, section, field = [config.section] if config.section else [], config, None

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,7 @@ def prepare_shards(
                     (folder / MANIFEST).unlink(missing_ok=True)
                 shards = ShardWriter(folder, manifest, save_every, part=part)
             if not shards.manifest["complete"]:
-                chunks = _chunks(files, config.text_key, shards.end, chunk, advance, tokenizer, fetched)
-                tokenized = tokenize(chunks, tokenizer, config.special_tokens, config.workers, chunk)
-                _fill(shards, tokenized, config, files, tokenizer, fetched)
+                _fill(shards, _Texts(config, tokenizer, files, fetched, advance, chunk))
             with locked(folder / PARTS, f"ends in {folder}"):
                 join_parts(folder)
         return shards.manifest
@@ -93,29 +92,22 @@ def prepare_shards(
                 place.rmdir()
 
 
-def _fill(
-    shards: ShardWriter,
-    tokenized: Iterable,
-    config: PrepareConfig,
-    files: list[Path | RemoteFile],
-    tokenizer: tiktoken.Encoding,
-    fetched: Path,
-) -> None:
-    most = _share_of_max_tokens(config)
+def _fill(shards: ShardWriter, texts: "_Texts") -> None:
+    config, most = texts.config, _share_of_max_tokens(texts.config)
     room = None if most is None else most - shards.counts["tokens"]
     try:
         written = 0
-        for chunk, tokens in _limited(tokenized, room, tokenizer, config.special_tokens, len(files)):
+        for chunk, tokens in texts.tokenized(shards.end, room):
             shards.add(chunk, tokens)
-            _remove(files[written : shards.end[0]], fetched)
+            texts.remove(written, shards.end[0])
             written = shards.end[0]
-        if described(files) != shards.manifest["sources"]:
+        if described(texts.files) != shards.manifest["sources"]:
             raise ValueError(f"source={config.paths[0]} changed while it was read; use output=<a new folder>")
         may_be_empty = shards.which.count > 1 and shards.val_tokens == 0
         if not may_be_empty and (problem := _too_little(config.val_tokens, **shards.counts)):
             shards.discard()
             raise ValueError(problem)
-        if table := to_json(tokenizer):
+        if table := to_json(texts.tokenizer):
             (shards.folder / FILE).write_text(table, encoding="utf-8")
         shards.finish()
     except Exception:
@@ -136,57 +128,18 @@ def read_facts(config: PrepareConfig, advance: Progress = lambda size: None, chu
         ValueError: sources that cannot be read.
     """
     tokenizer, files = build_tokenizer(config.tokenizer), Part.parse(config.part).of(find_sources(config.paths))
-    facts, read, most = Facts(), 0, _share_of_max_tokens(config)
+    facts, read = Facts(), 0
     with tempfile.TemporaryDirectory() as folder:
-        chunks = _chunks(files, config.text_key, START, chunk, advance, tokenizer, Path(folder))
-        tokenized = tokenize(chunks, tokenizer, config.special_tokens, config.workers, chunk)
-        for one, tokens in _limited(tokenized, most, tokenizer, config.special_tokens, len(files)):
+        texts = _Texts(config, tokenizer, files, Path(folder), advance, chunk)
+        for one, tokens in texts.tokenized(START, _share_of_max_tokens(config)):
             facts.add(one.pieces, len(tokens), len(one.skipped))
-            _remove(files[read : one.end[0]], Path(folder))
+            texts.remove(read, one.end[0])
             read = one.end[0]
     return facts.finish()
 
 
 def _share_of_max_tokens(config: PrepareConfig) -> int | None:
     return None if config.max_tokens is None else -(-config.max_tokens // Part.parse(config.part).count)
-
-
-def _remove(files: list[Path | RemoteFile], fetched: Path) -> None:
-    for file in files:
-        if isinstance(file, RemoteFile):
-            file.place(fetched).unlink(missing_ok=True)
-
-
-def _limited(
-    tokenized: Iterable[tuple[Chunk, np.ndarray]],
-    room: int | None,
-    tokenizer: tiktoken.Encoding,
-    special_tokens: str,
-    files: int,
-) -> Iterator[tuple[Chunk, np.ndarray]]:
-    """``tokenized`` up to the document in which its tokens reach ``room``; the end of the last chunk is that of all
-    ``files``."""
-    for chunk, tokens in tokenized:
-        if end := _first_document_after(chunk, len(tokens), room, tokenizer, special_tokens):
-            pieces, count = end
-            skipped = tuple(before for before in chunk.skipped if before <= pieces)
-            yield Chunk(chunk.pieces[:pieces], (files, 0, 0), skipped), tokens[:count]
-            return
-        yield chunk, tokens
-        room = None if room is None else room - len(tokens)
-
-
-def _first_document_after(
-    chunk: Chunk, tokens: int, room: int | None, tokenizer: tiktoken.Encoding, special_tokens: str
-) -> tuple[int, int] | None:
-    """The number of the first piece of ``chunk``, of so many ``tokens``, that begins a document and has at least
-    ``room`` tokens before it, and their number."""
-    if room is None or tokens < room:
-        return None
-    lengths = [1 if piece is None else len(encode(piece, tokenizer, special_tokens)) for piece in chunk.pieces]
-    before = [0, *itertools.accumulate(lengths)]
-    starts = ((n, before[n]) for n, piece in enumerate(chunk.pieces) if piece is None and before[n] >= room)
-    return next(starts, None)
 
 
 def _too_little(val_tokens: int | None, tokens: int, skipped: int, **_: int) -> str | None:
@@ -203,35 +156,69 @@ def _too_little(val_tokens: int | None, tokens: int, skipped: int, **_: int) -> 
     return f"source holds {what}{nulls}; use source=<files with more text>, or text_key=<another>"
 
 
-def _chunks(
-    files: list[Path | RemoteFile],
-    text_key: str,
-    begin: tuple[int, int, int],
-    size: int,
-    advance: Progress,
-    tokenizer: tiktoken.Encoding,
-    fetched: Path,
-) -> Iterator[Chunk]:
-    """The documents of ``files`` from the place ``begin`` on, in chunks of less than about ``size`` characters. Remote
-    files are fetched into the folder ``fetched``, one by one."""
-    for file in files[: begin[0]]:
-        advance(size_of(file) or 0)
-    for number, found in enumerate(files[begin[0] :], begin[0]):
-        file = found.fetch(fetched, "source") if isinstance(found, RemoteFile) else found
-        first = begin[1] if number == begin[0] else 0
-        for record, text in read_documents(file, text_key, first, advance):
-            if text is None:
-                yield Chunk([], (number, record + 1, 0), skipped=(0,))
-                continue
-            at = begin[2] if (number, record) == begin[:2] else 0
-            end_of_text: list[str | None] = [] if at else [None]
-            for piece in separable(_from(text, at, size), f"source: {file}", tokenizer):
-                at += len(piece)
-                yield Chunk([*end_of_text, piece], (number, record, at))
-                end_of_text = []
-            if end_of_text:  # a document without a character
-                yield Chunk(end_of_text, (number, record + 1, 0))
-    yield Chunk([], (len(files), 0, 0))
+@dataclass(frozen=True)
+class _Texts:
+    """The documents in ``files``, read and tokenized as ``config`` says, in chunks of about ``size`` characters.
+    ``advance`` takes the bytes that are read. Remote files are fetched into the folder ``fetched``, one by one."""
+
+    config: PrepareConfig
+    tokenizer: tiktoken.Encoding
+    files: list[Path | RemoteFile]
+    fetched: Path
+    advance: Progress
+    size: int
+
+    def tokenized(self, begin: tuple[int, int, int], room: int | None) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """The chunks from the place ``begin`` on with their tokens, up to the document in which these reach ``room``;
+        the end of the last chunk is that of all files."""
+        special_tokens = self.config.special_tokens
+        chunks = tokenize(self._chunks(begin), self.tokenizer, special_tokens, self.config.workers, self.size)
+        for chunk, tokens in chunks:
+            if end := self._first_document_after(chunk, len(tokens), room):
+                pieces, count = end
+                skipped = tuple(before for before in chunk.skipped if before <= pieces)
+                yield Chunk(chunk.pieces[:pieces], (len(self.files), 0, 0), skipped), tokens[:count]
+                return
+            yield chunk, tokens
+            room = None if room is None else room - len(tokens)
+
+    def remove(self, first: int, last: int) -> None:
+        """Remove those of the files ``first`` to ``last`` that were fetched."""
+        for file in self.files[first:last]:
+            if isinstance(file, RemoteFile):
+                file.place(self.fetched).unlink(missing_ok=True)
+
+    def _first_document_after(self, chunk: Chunk, tokens: int, room: int | None) -> tuple[int, int] | None:
+        """The number of the first piece of ``chunk``, of so many ``tokens``, that begins a document and has at least
+        ``room`` tokens before it, and their number."""
+        if room is None or tokens < room:
+            return None
+        special_tokens = self.config.special_tokens
+        lengths = [1 if piece is None else len(encode(piece, self.tokenizer, special_tokens)) for piece in chunk.pieces]
+        before = [0, *itertools.accumulate(lengths)]
+        starts = ((n, before[n]) for n, piece in enumerate(chunk.pieces) if piece is None and before[n] >= room)
+        return next(starts, None)
+
+    def _chunks(self, begin: tuple[int, int, int]) -> Iterator[Chunk]:
+        """The documents from the place ``begin`` on, in chunks of less than about ``size`` characters."""
+        for file in self.files[: begin[0]]:
+            self.advance(size_of(file) or 0)
+        for number, found in enumerate(self.files[begin[0] :], begin[0]):
+            file = found.fetch(self.fetched, "source") if isinstance(found, RemoteFile) else found
+            first = begin[1] if number == begin[0] else 0
+            for record, text in read_documents(file, self.config.text_key, first, self.advance):
+                if text is None:
+                    yield Chunk([], (number, record + 1, 0), skipped=(0,))
+                    continue
+                at = begin[2] if (number, record) == begin[:2] else 0
+                end_of_text: list[str | None] = [] if at else [None]
+                for piece in separable(_from(text, at, self.size), f"source: {file}", self.tokenizer):
+                    at += len(piece)
+                    yield Chunk([*end_of_text, piece], (number, record, at))
+                    end_of_text = []
+                if end_of_text:  # a document without a character
+                    yield Chunk(end_of_text, (number, record + 1, 0))
+        yield Chunk([], (len(self.files), 0, 0))
 
 
 def _from(pieces: Iterable[str], first: int, size: int) -> Iterator[str]:
