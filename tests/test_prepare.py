@@ -239,8 +239,9 @@ def test_a_long_document_without_line_breaks_stays_small(tmp_path):
     """Of 20 MB, no chunk is larger than the piece of it that is tokenized."""
     source = tmp_path / "a.txt"
     source.write_text("word after word, " * 1_200_000)
-    read = prepare._chunks([source], "text", (0, 0, 0), 2**16, lambda size: None, gpt2_tokenizer(), tmp_path)
-    chunks = list(merged(read, 2**16))
+    asked = config(source, tmp_path / "out")
+    texts = prepare._Texts(asked, gpt2_tokenizer(), [source], tmp_path, lambda size: None, 2**16)
+    chunks = list(merged(texts._chunks((0, 0, 0)), 2**16))
     assert max(sum(len(piece or "") for piece in chunk.pieces) for chunk in chunks) < 2**18
     assert sum(len(piece or "") for chunk in chunks for piece in chunk.pieces) == 17 * 1_200_000
 
