@@ -21,6 +21,7 @@ from src.device import matrix_rate
 from src.model.config import GPTConfig
 from src.model.flops import flops_per_token, multiplying_parameters, peak_flops
 from src.model.gpt import GPT
+from src.runs.record import read_record
 from src.training.module import PretrainingModule
 
 SMALL = GPTConfig(context_length=1024, qkv_bias=True, tie_weights=True)
@@ -64,6 +65,18 @@ def test_training_logs_its_share_of_the_arithmetic(tiny_run):
     ]
     assert peaks == pytest.approx([peaks[0]] * len(peaks), rel=1e-3)  # one peak for the whole run
     assert 1e8 < peaks[0] < 1e15
+
+
+def test_a_run_that_stops_between_two_logs_has_a_speed(tiny_run, at_batch, tmp_path):
+    def fail(module):
+        raise RuntimeError("stopped")
+
+    at_batch(7, fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        tiny_run("trainer.log_every_n_steps=50", folder=tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert record["tokens_seen"] == 7 * 32
+    assert record["tokens_per_second"] > 0
 
 
 def test_a_rival_that_fails_is_told_by_its_name(capfd):

@@ -1,6 +1,7 @@
 """Before the model is allocated, a run says what memory, disk and time it takes, and refuses what cannot fit."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,26 @@ def test_a_resumed_run_keeps_the_batch_that_it_found(tiny_run, monkeypatch):
     again = tiny_run(*overrides, "trainer.max_steps=5", "schedule=constant", resume=first.folder)
     assert again.record["config"]["data"]["batch_size"] == 2
     assert again.record["optimizer_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("trainer.limit_val_batches=0", "evaluation  none"),
+        ("+trainer.check_val_every_n_epoch=2", "evaluation  by trainer.check_val_every_n_epoch=2, of all"),
+        ("eval.every_steps=3", "evaluation  every 3 steps, of all"),
+    ],
+)
+def test_the_card_says_when_a_run_evaluates(tiny_run, caplog, override, line):
+    caplog.set_level("INFO")
+    tiny_run("dry_run=true", override)
+    assert line in caplog.text
+
+
+def test_a_resumed_run_has_the_evaluations_of_its_rest():
+    """Of 1,000 steps with 25 evaluations 900 are done: 3 remain, one of them at the end, and that of the start."""
+    data = SimpleNamespace(steps_per_epoch=10, evaluated_windows=lambda: ([0], []), windows_per_batch=1)
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    times = step_cost.StepTimes(batch=0, update=0, evaluation=60)
+    line = plan._time_line(config_of(), trainer, data, 1000, 900, times)
+    assert line == "about 0:04:00 by the measured steps"

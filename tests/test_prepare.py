@@ -440,3 +440,10 @@ def test_command(command, tmp_path):
     status, out, err = command("prepare", f"source={source}", f"output={output}2")
     assert status == 0, err
     assert out.endswith("6 documents, " + f"{sum(map(len, TEXTS)):,} characters, 1 skipped (text is null)\n")
+
+
+def test_the_home_of_nobody(command, tmp_path):
+    for arguments in ["source='~no one/a.txt'", "output=x"], [f"source={CONF}", "output='~no one/x'", "dry_run=false"]:
+        status, _, err = command("prepare", *arguments)
+        assert status == 1
+        assert "Traceback" not in err and err.startswith("error: ")

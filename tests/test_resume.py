@@ -208,6 +208,8 @@ def begun(command, at_batch, text, tmp_path, monkeypatch):
 
 def test_a_run_with_its_users_own_code_is_continued_by_its_user(begun, command, tmp_path):
     _, folder = begun
+    assert resumed_overrides([f"resume={folder}", "dry_run=true"])[-1] == "hydra.output_subdir=null"
+    assert resumed_overrides([f"resume={folder}"])[-1] == "hydra.output_subdir=.hydra/resumed_1"
     assert command("train", f"resume={folder.rename(tmp_path / 'moved')}", "tags=[b]")[0] == 0
     record = read_record(tmp_path / "moved")
     assert (record["status"], record["optimizer_steps"], record["config"]["tags"]) == ("completed", 12, ["b"])
