@@ -30,7 +30,7 @@ def check(cfg: DictConfig) -> BenchmarkConfig:
     config = typed(cfg, BenchmarkConfig)
     trainer = config.trainer.model_dump()
     found = [*unknown_trainer_arguments(trainer), *launch.problems_of_devices(trainer)]
-    if launch.planned_count(trainer) != 1 or trainer["devices"] in ("auto", "-1", -1):
+    if launch.may_be_several(trainer):
         found.append("one process is measured; use trainer.devices=1 trainer.num_nodes=1")
     if config.output and Path(config.output).exists():
         found.append(f"output={config.output} already exists; use output=<a new file>")

@@ -17,6 +17,7 @@ from src.cli.latest import latest_run
 from src.cli.quoting import quoted
 from src.cli.typed import typed
 from src.config import Config, problems_of, refuse
+from src.files import expanded
 from src.runs.compare import BITS, compared_column, differences, figure_of, jobs_of, read_run, rows_of
 from src.runs.tables import cell, in_columns, write_table
 
@@ -38,7 +39,7 @@ def check(cfg: DictConfig) -> tuple[list[Path], Path]:
     found: dict[Path, None] = {}
     problems = []
     for asked in config.runs:
-        path = Path(os.path.expanduser(asked))
+        path = expanded(asked)
         path = latest_run("runs") if asked == "latest" else path
         folders = [path] if path.is_dir() else [Path(match) for match in sorted(glob.glob(str(path)))]
         folders += [sweep.parent for folder in folders for sweep in folder.glob("*/sweep.json")]
@@ -49,7 +50,7 @@ def check(cfg: DictConfig) -> tuple[list[Path], Path]:
                 f"runs={asked} is no run, no sweep and no pattern of them (seen from {Path.cwd()}); "
                 f"use python -m src.compare <run folders>"
             )
-    output = Path(os.path.expanduser(config.output))
+    output = expanded(config.output)
     refuse([*problems, *problems_of(app.check_output, output)])
     return list(found), output
 

@@ -15,6 +15,7 @@ from src.cli import app
 from src.cli.latest import with_latest_weights
 from src.cli.typed import typed
 from src.config import problems_of, refuse
+from src.files import expanded
 from src.interop.config import ExportConfig
 from src.interop.locate import WEIGHTS_FILE, locate, run_folder
 from src.runs.record import read_record
@@ -38,7 +39,7 @@ def check(cfg: DictConfig) -> ExportConfig:
         ValueError: every problem that can be found without reading the weights, one per line.
     """
     config = typed(cfg, ExportConfig)
-    output = Path(os.path.expanduser(config.output))
+    output = expanded(config.output)
     if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
         found = [f"output={output} already exists; use output=<a new folder>"]
     else:
@@ -61,7 +62,7 @@ def export(cfg: DictConfig) -> float:
     from src.interop.model_card import model_card
     from src.interop.weights import build, load_weights, read_model
 
-    output = Path(os.path.expanduser(asked.output))
+    output = expanded(asked.output)
     config, weights, tokenizer, run = read_model(asked.weights)
     config, weights = _unpadded(config, weights, tokenizer.n_vocab)
     aside = None

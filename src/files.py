@@ -138,6 +138,12 @@ def remove_folder(folder: Path, *names: str) -> None:
             empty.rmdir()
 
 
+def expanded(path: str | Path) -> Path:
+    """``path`` with the home folder for ``~``. That of a user who does not exist stays, where ``Path.expanduser``
+    raises a RuntimeError."""
+    return Path(os.path.expanduser(path))
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:

@@ -23,9 +23,7 @@ GPT2 = ("model=gpt2_tiny", "model.context_length=16")  # with the tokens of GPT-
 TINY = (*GPT2, "tokenizer=byte")
 ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.text_samples.max_new_tokens=2")
 WORDS = "the ferry bell rang over a brown river while nobody waited on the far side".split()
-
-
-FORECASTS = {}
+FORECASTS = {}  # of memory, by shape
 
 
 def story_of(words: int) -> str:

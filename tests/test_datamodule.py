@@ -101,7 +101,8 @@ def test_stride_overlaps_training_windows_only(make):
     [
         (
             {"context_length": 32},
-            "20 validation tokens, one window needs context_length + 1 = 33; use model.context_length=19 (with",
+            "20 validation tokens, one window needs context_length + 1 = 33; use model.context_length=19 "
+            "(with weights, data.context_length=19) or more text",
         ),
         ({"context_length": 500}, "has 180 training tokens and 20 validation tokens"),
         ({"batch_size": 30}, "data.batch_size=30 is more than the 22 training windows"),

@@ -621,7 +621,8 @@ def test_two_processes_cannot_share_a_folder(tiny_run, cut, monkeypatch):
         tiny_run("callbacks=none", "data.batch_size=4", resume=cut)
     with pytest.raises(
         ValueError,
-        match=r"already holds a run \(run.json, .*metrics.csv, checkpoints, events.out.tfevents.\*.*\); use resume=",
+        match=r"already holds a run \(run.json, tokenizer.json, metrics.csv, checkpoints, "
+        r"events.out.tfevents.\*.*\); use resume=",
     ):
         tiny_run("callbacks=none", folder=cut)
 

@@ -140,11 +140,12 @@ def test_costs_nothing_when_off(tmp_path, long_text):
 
 
 @pytest.mark.slow
-def test_two_processes_score_what_one_does(ranks, tmp_path, tiny_run, scored):
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_score_what_one_does(ranks, tmp_path, tiny_run, scored, trainer):
     """Also where the model is sharded and one of them gets all of it."""
     common = (*SAME, *scored, "trainer.max_steps=5")
     whole = tiny_run(*common, "data.batch_size=4")
-    two = ranks(*common, "data.batch_size=2", "trainer=fsdp", f"hydra.run.dir={tmp_path / 'two'}")
+    two = ranks(*common, "data.batch_size=2", f"trainer={trainer}", f"hydra.run.dir={tmp_path / 'two'}")
     _, err = two.communicate()
     assert two.returncode == 0, err
     for name in "texts/code_loss", "tasks/words_perplexity":

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from pydantic import Field
 
 from src.checkpoint.position import own_data
-from src.config import Config
+from src.config import Config, refuse
 from src.data.config import DataConfig
 from src.data.corpus import read_corpus
 from src.data.tokens import split_tokens
@@ -59,8 +59,7 @@ class Tasks(Callback):
             names=tuple(names), folder=folder, limit=limit, texts=dict(texts or {}), every_steps=every_steps
         )
         keys = "callbacks.tasks.names", "callbacks.tasks.folder"
-        if problems := problems_of_tasks(self.config.names, folder, *keys):
-            raise ValueError("\n".join(problems))
+        refuse(problems_of_tasks(self.config.names, folder, *keys))
         self._corpora = {}
         for name, path in self.config.texts.items():
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from src.cli.quoting import command_line, key_of, quoted
+from src.files import expanded
 from src.interop.locate import run_folder
 from src.runs.processes import job_id, restarted
 from src.runs.record import read_record, recorded_runs
@@ -72,7 +73,7 @@ def with_latest_weights(overrides: list[str]) -> list[str]:
 def data_of_run(weights: str) -> dict[str, Any]:
     """The data section of the run that wrote ``weights``, from its ``run.json`` or else from the checkpoint; empty if
     they do not belong to a run."""
-    folder, file = run_folder(weights), Path(os.path.expanduser(weights))
+    folder, file = run_folder(weights), expanded(weights)
     if folder and file.is_dir():
         file = next(folder.glob("checkpoints/*.ckpt"), file)
     config = read_record(folder).get("config") if folder else None

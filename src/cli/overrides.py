@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import nearest
+from src.config import nearest, problems_of
 from src.training.config import TrainerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -60,11 +60,7 @@ def find_problems(config_name: str, argv: list[str], check: Check) -> list[str]:
         return [f"{key} is needed; use {key}=<value>" for key in sorted(missing)]
     if sweeping:
         return []
-    try:
-        check(cfg)
-    except ValueError as error:
-        return str(error).splitlines()
-    return []
+    return problems_of(check, cfg)
 
 
 def composition_error(error: Exception, config_name: str) -> str:

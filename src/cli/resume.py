@@ -18,7 +18,6 @@ from src.runs.record import is_signed, read_record
 
 log = logging.getLogger(__name__)
 
-KEPT = ("weights", "ckpt_path", "reproduce", "skip_batches")  # what a checkpoint brings or replaces
 COMMAND = "GPT2_LIGHTNING_COMMAND"  # in the environment: the command as typed, without the overrides of its run
 
 
@@ -46,8 +45,8 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise ValueError(
             f"resume={asked} starts from its own checkpoint; leave out {' and '.join(starts)}, or use resume=null"
         )
-    kept = ("skip_batches",) if any(folder.glob("checkpoints/*.ckpt")) else ()  # by the checkpoint
-    saved = _saved_overrides(record, f"resume={folder}", new, typed, drop=kept)
+    in_checkpoint = ("skip_batches",) if any(folder.glob("checkpoints/*.ckpt")) else ()
+    saved = _saved_overrides(record, f"resume={folder}", new, typed, drop=in_checkpoint)
     dry_run = any(key_of(one) == "dry_run" and not one.endswith(("=false", "=null")) for one in new)
     place = "null" if dry_run else f".hydra/resumed_{len(record.get('resumed_at', [])) + 1}"
     own = [f"{key}={quoted(folder)}" for key in ("resume", "hydra.run.dir")]
@@ -95,7 +94,8 @@ def _from_checkpoint(overrides: list[str]) -> list[str]:
     if run and overrides_in(record) is None:
         log.warning("%s: the run.json of its run is damaged, the overrides of that run are not used", asked)
         run = None
-    saved = _saved_overrides(record, asked, new, new, drop=KEPT) if run else []
+    drop = ("weights", "ckpt_path", "reproduce", "skip_batches")
+    saved = _saved_overrides(record, asked, new, new, drop) if run else []
     return [*flags, *saved, *new, f"ckpt_path={quoted(path)}"]
 
 

@@ -1,6 +1,5 @@
 """The configurations of the data module and of src.prepare."""
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -8,6 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from src.config import Config
 from src.data.manifest import Part
+from src.files import expanded
 
 SIZES = {"gpt2": 50257, "byte": 257, "cl100k_base": 100277, "o200k_base": 200019}
 
@@ -125,7 +125,7 @@ class PrepareConfig(Config):
     @property
     def folder(self) -> Path:
         assert self.output is not None
-        return Path(os.path.expanduser(self.output))
+        return expanded(self.output)
 
     @property
     def paths(self) -> list[str]:

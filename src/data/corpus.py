@@ -6,13 +6,13 @@ Text is read, checked and hashed block by block and never held as a whole, so it
 import codecs
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from src.data.download import fetch
 from src.data.files import find_files
+from src.files import expanded
 
 STORY = Path(__file__).parents[1] / "assets" / "story.txt"
 BLOCK = 2**20  # bytes read at a time
@@ -97,7 +97,7 @@ def _text_files(path: str) -> list[Path]:
     try:
         return find_files(path, "data.path", (".txt",))
     except ValueError:
-        folder = Path(os.path.expanduser(path))
+        folder = expanded(path)
         if folder.is_dir() and any(file.name.endswith(PREPARED) for file in folder.rglob("*")):
             raise ValueError(_to_prepare(folder)) from None
         raise

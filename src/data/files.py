@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from src.files import expanded
+
 
 def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
     """The file at ``path``, the files that it matches as a glob pattern, or the files in it with one of ``endings`` if
@@ -17,7 +19,7 @@ def find_files(path: str, key: str, endings: tuple[str, ...]) -> list[Path]:
     Raises:
         ValueError: no file, or one that cannot be read. The message blames the override ``key``.
     """
-    place = Path(os.path.expanduser(path))
+    place = expanded(path)
     try:
         if place.is_dir():
             found = (Path(folder, name) for folder, names in _folders(place) for name in names)

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -22,7 +21,7 @@ from src.data.pipeline import Chunk, tokenize
 from src.data.progress import progress
 from src.data.shard_writer import ShardWriter, new_manifest
 from src.data.shards import ShardTokens
-from src.files import sha256_of
+from src.files import expanded, sha256_of
 from src.tokenizer import fingerprint, separable
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def cached_tokens(
     """
     characters = sum(corpus.characters)
     identity = [corpus.sha256, corpus.characters, cut, fingerprint(tokenizer), special_tokens]
-    cache = Path(os.path.expanduser(cache_dir)) if cache_dir is not None else user_cache() / "tokens"
+    cache = expanded(cache_dir) if cache_dir is not None else user_cache() / "tokens"
     folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     if cached := _read(folder, tokenizer):
         return cached

@@ -1,7 +1,6 @@
 """Which tokenizer: a published one, one made from the training text, or one from a file."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from src.data.config import TokenizerConfig
+from src.files import expanded
 from src.tokenizer.encoding import END_OF_TEXT, UNKNOWN, gpt2_tokenizer
 from src.tokenizer.reading import from_file, from_json
 from src.tokenizer.table import EACH_CHARACTER, FILE, make_encoding, portable
@@ -27,7 +27,7 @@ def build_tokenizer(config: TokenizerConfig, text: Iterable[str] | None = None) 
     if config.name == "byte":
         return _with_end({bytes([byte]): byte for byte in range(256)}, r50k_pat_str, "byte")
     if config.name == "file":
-        return _read(Path(os.path.expanduser(config.path or "")))
+        return _read(expanded(config.path or ""))
     if config.name in ("cl100k_base", "o200k_base"):
         return _published(config.name)
     assert text is not None, "made from a text"

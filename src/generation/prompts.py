@@ -1,10 +1,10 @@
 """Prompts from files and pipes."""
 
 import functools
-import os
 import sys
-from pathlib import Path
 from typing import BinaryIO
+
+from src.files import expanded
 
 LONGEST_PROMPT = 2**24  # bytes
 
@@ -17,7 +17,7 @@ def read_prompt(file: str) -> str:
         ValueError: it cannot be read, is not UTF-8, or is longer than ``LONGEST_PROMPT``.
     """
     try:
-        with Path(os.path.expanduser(file)).open("rb") as content:
+        with expanded(file).open("rb") as content:
             return _decoded(content, "prompt_file", file)
     except OSError as error:
         raise ValueError(

@@ -1,11 +1,11 @@
 """What ``weights=`` names, from the file system alone."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.checkpoint.pickles import is_checkpoint, is_in_parts
+from src.files import expanded
 
 # Repositories of the Hugging Face hub, each pinned to a commit.
 HUB = {
@@ -40,7 +40,7 @@ def locate(weights: str, key: str = "weights") -> Source:
     """
     if not weights:
         raise ValueError(f"{key} is empty; use {key}=<run folder> or {key}=gpt2")
-    path = Path(os.path.expanduser(weights))
+    path = expanded(weights)
     try:
         if is_checkpoint(path):
             return Source("openai", path.with_suffix("")) if path.suffix == ".index" else Source("file", path)
@@ -62,7 +62,7 @@ def locate(weights: str, key: str = "weights") -> Source:
 def run_folder(weights: str) -> Path | None:
     """The folder, with a ``run.json``, of the run that wrote ``weights``, which name it or a checkpoint in it; None if
     they do not belong to a run."""
-    path = Path(os.path.expanduser(weights)).absolute()
+    path = expanded(weights).absolute()
     try:
         folder = path if path.is_dir() and not is_in_parts(path) else path.parent
         folder = folder.parent if folder.name == "checkpoints" else folder

@@ -34,7 +34,7 @@ def problems_of_devices(trainer: dict[str, Any]) -> list[str]:
     elif started > 1 and count > 0 and count * nodes != started:
         fix = f"trainer.devices={started // nodes}" if started % nodes == 0 else f"trainer.num_nodes={started}"
         found.append(f"trainer.devices={devices} on {nodes} nodes, but {started} processes were started; use {fix}")
-    if max(count * nodes, started) > 1 or count < 0:
+    if may_be_several(trainer):
         if trainer["use_distributed_sampler"]:
             found.append(
                 "trainer.use_distributed_sampler=true changes the order of the data; use "
@@ -60,6 +60,11 @@ def _count(devices: Any) -> int | None:
 def planned_count(trainer: dict[str, Any]) -> int:
     """The world size that the ``trainer`` section asks for, or that of the ranks that were started."""
     return max(world_size(), (_count(trainer["devices"]) or 1) * trainer["num_nodes"])
+
+
+def may_be_several(trainer: dict[str, Any]) -> bool:
+    """Whether the ``trainer`` section asks for more than one process, or for all devices, or several were started."""
+    return planned_count(trainer) > 1 or _count(trainer["devices"]) == -1
 
 
 def devices_here(trainer: Any) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.find import good_checkpoint, newest_good_checkpoint, read_checkpoint
+from src.config import refuse
 from src.data.config import TokenizerConfig
 from src.data.tokenizers import describes
 from src.files import link
@@ -160,9 +161,8 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     if config.auto_batch:
         config = config.with_batch_size(checkpoint.get("fixed_values", {}).get("data.batch_size", 1))
     config = with_batches(config, world_size)
-    if problems := [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path),
-                    *_other_values(config, checkpoint, path, world_size)]:  # fmt: skip
-        raise ValueError("\n".join(problems))
+    found = [*_other_model(config, model, path), *_other_optimizer(config, checkpoint, path)]
+    refuse([*found, *_other_values(config, checkpoint, path, world_size)])
     return Start(config, path, checkpoint, tokenizer=tokenizer)
 
 

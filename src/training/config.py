@@ -114,8 +114,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainConfig":
-        if found := [*self._beginnings(), *self._nodes(), *self._lengths()]:
-            raise ValueError("\n".join(found))
+        refuse([*self._beginnings(), *self._nodes(), *self._lengths()])
         if not (self.weights or self.ckpt_path):  # which bring their own model
             known = self.data.format == "text"  # shards have a tokenizer of their own
             check_model(self.model, self.data, self.tokenizer.size if known else None)
